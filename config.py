@@ -1,0 +1,209 @@
+"""What a user may set, as frozen dataclasses that check themselves. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import ConfigError, TopologyError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the mesh axes; ``world_size`` is ``dp * pp * tp``.
+
+    Args:
+        tp: ranks that share each layer (tensor parallel).
+        pp: contiguous stages of layers (pipeline parallel).
+        dp: replicas (data parallel).
+        ep: ranks that share the experts of a mixture layer; must divide ``dp * tp``.
+
+    Raises:
+        TopologyError: a size below 1, or an ``ep`` that does not divide ``dp * tp``.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "pp", "dp", "ep"):
+            size = getattr(self, axis)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise TopologyError(f"{axis} is {size!r}; it must be a whole number of at least 1")
+        if (self.dp * self.tp) % self.ep:
+            raise TopologyError(f"ep {self.ep} does not divide dp * tp = {self.dp * self.tp}; choose a divisor of it")
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.pp * self.tp
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long each wait may last, in seconds. They nest: beat < step < collective, and each phase has its own.
+
+    Args:
+        beat_s: period of a rank's heartbeat.
+        ready_s: from the start of the processes until every rank has set up and answered SYNC (loading included).
+        step_s: from publishing a step or call until every rank that answers has answered, unless the caller gives its own.
+        collective_s: torch's own timeout inside a collective; longer than a step, since the driver is to speak first.
+        drain_s: at shutdown, for steps in flight and the ranks' own teardown.
+        kill_s: from SIGTERM to SIGKILL, and again from SIGKILL until a process must be gone.
+    """
+
+    beat_s: float = 1.0
+    ready_s: float = 600.0
+    step_s: float = 300.0
+    collective_s: float = 600.0
+    drain_s: float = 5.0
+    kill_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ConfigError(f"deadline {name} is {value!r} s; it must be above 0 and finite")
+        if not self.beat_s < self.step_s <= self.collective_s:
+            raise ConfigError(
+                f"deadlines must nest as beat_s < step_s <= collective_s; got {self.beat_s}, {self.step_s}, {self.collective_s} s"
+            )
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What an engine may hold and schedule.
+
+    Args:
+        max_num_seqs: sequences that run at once, each in a slot; 1 to 65,535.
+        max_num_batched_tokens: tokens of all sequences in one step.
+        max_model_len: prompt and output tokens of a request; None takes the checkpoint's limit.
+        block_size: KV positions in a block.
+        num_blocks: blocks of the KV pool on each rank; None sizes the pool from free memory.
+        enable_prefix_cache: let requests share blocks of equal prompt beginnings.
+        enable_chunked_prefill: let a prompt be computed over several steps beside decodes; without it a prompt
+            must fit ``max_num_batched_tokens``.
+        dtype: dtype of weights and activations; "auto" is float32 on a CPU and the checkpoint's on a GPU.
+        window: steps in flight; 2 lets the next step be published before the last one is back.
+        max_waiting: requests that may wait for a slot before ``generate`` refuses more.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    block_size: int = 16
+    num_blocks: int | None = None
+    enable_prefix_cache: bool = True
+    enable_chunked_prefill: bool = True
+    dtype: str = "auto"
+    window: int = 2
+    max_waiting: int = 10_000
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "max_num_seqs": (1, 65_535),
+            "max_num_batched_tokens": (1, 1 << 24),
+            "max_model_len": (1, 1 << 24),
+            "block_size": (1, 1024),
+            "num_blocks": (1, 1 << 31),
+            "window": (1, 64),
+            "max_waiting": (1, 1 << 31),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is None and name in ("max_model_len", "num_blocks"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
+                "a step could not hold one token of each sequence; raise the first or lower the second"
+            )
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen and when it ends.
+
+    Args:
+        max_tokens: tokens to generate at most; at least 1.
+        min_tokens: tokens before any stop condition may end the request; end-of-sequence and stop tokens are not sampled before.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens whose probabilities sum to at least this; 1 keeps all.
+        min_p: drop tokens below this share of the likeliest token's probability; 0 keeps all.
+        seed: 0 to 2**63 - 1; the same seed gives the same tokens whatever else runs. None lets the driver draw one.
+        stop: text that ends the request; it is cut from the output.
+        stop_token_ids: tokens that end the request, beside the model's own end-of-sequence ones; they stay in ``token_ids``.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        logprobs: report the log-probability of each sampled token and of this many likeliest ones (0 to 20); None reports none.
+        repetition_penalty: divide positive (multiply negative) logits of tokens in prompt or output; 1 does nothing.
+        presence_penalty: subtract from logits of tokens in the output; -2 to 2.
+        frequency_penalty: subtract per occurrence in the output; -2 to 2.
+        n: independent completions of one prompt.
+
+    Raises:
+        ConfigError: a value outside its range; the message names value, limit and what to do.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _check_whole("max_tokens", self.max_tokens, 1, 1 << 24, "ask for at least one token")
+        _check_whole("min_tokens", self.min_tokens, 0, self.max_tokens, "keep it at or below max_tokens")
+        _check_number("temperature", self.temperature, 0.0, 100.0, "use 0 for greedy decoding")
+        _check_whole("top_k", self.top_k, 0, 1 << 24, "use 0 to keep every token")
+        _check_number("top_p", self.top_p, 0.0, 1.0, "use 1 to keep every token", above=True)
+        _check_number("min_p", self.min_p, 0.0, 1.0, "use 0 to keep every token")
+        if self.seed is not None:
+            _check_whole("seed", self.seed, 0, (1 << 63) - 1, "or leave it out")
+        if self.logprobs is not None:
+            _check_whole("logprobs", self.logprobs, 0, 20, "or leave it out")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, "use 1 for none", above=True)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0, "use 0 for none")
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "use 0 for none")
+        _check_whole("n", self.n, 1, 128, "send several requests for more")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ConfigError(f"stop holds {text!r}; each stop must be a text of at least one character")
+        for token in self.stop_token_ids:
+            _check_whole("stop_token_ids", token, 0, (1 << 31) - 1, "each is a token id")
+
+
+def _check_whole(name: str, value: object, low: int, high: int, advice: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from {low} to {high}: {advice}")
+
+
+def _check_number(name: str, value: object, low: float, high: float, advice: str, *, above: bool = False) -> None:
+    """``above`` excludes ``low`` itself. Comparisons are written so that NaN fails them."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if good:
+        assert isinstance(value, (int, float))
+        good = (value > low if above else value >= low) and value <= high
+    if not good:
+        bound = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+        raise ConfigError(f"{name} is {value!r}; it must be a number {bound}: {advice}")

@@ -1,0 +1,218 @@
+"""Every error that zspmd raises on purpose, sorted by who caused it.
+
+    ZspmdError
+      ConfigError(ValueError)       the user's input; raised before any process starts
+        TopologyError               sizes that do not fit each other
+        HostfileError               a line of a hostfile
+        CheckpointError             a model directory: a file, a tensor, a field of config.json
+      LaunchError                   the group never became ready
+        EndpointInUseError          the launch id or a port is held by somebody else
+        ReadyTimeoutError           some ranks did not answer in time
+      TransportError
+        ClosedError                 this side has closed
+        PeerLostError               the other side is gone
+        BackpressureError           no room in the window within the deadline; nothing was sent
+        ProtocolError               bytes that break the protocol
+          WireVersionError          another version of zspmd is at the other end
+          BadFrameError             a malformed frame: says which field
+          StepGapError              a rank missed a frame
+      WorkerError                   one rank failed: rank, host, pid, step, log tail
+        WorkerRaisedError           its code raised; carries the remote traceback
+        WorkerExitedError           its process ended; carries the exit code or signal
+        WorkerStalledError          it did not answer within the deadline
+      RequestError                  one request fails, the engine lives
+      InternalError                 a broken invariant: a bug of zspmd
+
+Messages carry the value, the limit and the next action. The first fault is raised; what followed from it is listed below it.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+
+class ZspmdError(Exception):
+    """Base of every error that zspmd raises on purpose."""
+
+
+class ConfigError(ZspmdError, ValueError):
+    """The caller's input is wrong; nothing was started."""
+
+
+class TopologyError(ConfigError):
+    """World size, axes, heads or devices do not fit each other."""
+
+
+class HostfileError(ConfigError):
+    """A hostfile cannot be read; ``path`` and ``line`` (from 1) say where."""
+
+    def __init__(self, message: str, *, path: str, line: int) -> None:
+        super().__init__(f"{path}:{line}: {message}")
+        self.path = path
+        self.line = line
+
+
+class CheckpointError(ConfigError):
+    """A model directory cannot be loaded.
+
+    ``tensor`` names the tensor at fault, ``wanted`` and ``found`` its shapes or dtypes, where they apply.
+    """
+
+    def __init__(self, message: str, *, tensor: str | None = None, wanted: object = None, found: object = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.wanted = wanted
+        self.found = found
+
+
+class LaunchError(ZspmdError):
+    """The worker group never became ready."""
+
+
+class EndpointInUseError(LaunchError):
+    """A launch id, socket path or port is held by another launch."""
+
+
+class ReadyTimeoutError(LaunchError):
+    """Ranks in ``missing`` did not become ready within the deadline."""
+
+    def __init__(self, message: str, *, missing: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+class TransportError(ZspmdError):
+    """Moving bytes failed."""
+
+
+class ClosedError(TransportError):
+    """This side has closed; start a new launch."""
+
+
+class PeerLostError(TransportError):
+    """The other side is gone."""
+
+
+class BackpressureError(TransportError):
+    """No room in the in-flight window within the deadline; nothing was sent."""
+
+
+class ProtocolError(TransportError):
+    """Bytes that break the protocol."""
+
+
+class WireVersionError(ProtocolError):
+    """The peer speaks another version of the wire."""
+
+
+class BadFrameError(ProtocolError):
+    """A malformed frame; the message names the field, its value and its limit."""
+
+
+class StepGapError(ProtocolError):
+    """A rank received frame ``got`` where ``expected`` was due."""
+
+    def __init__(self, *, expected: int, got: int, rank: int | None = None) -> None:
+        who = "" if rank is None else f"rank {rank}: "
+        super().__init__(f"{who}expected frame {expected}, got {got}; the missing frames cannot be made up for, relaunch the group")
+        self.expected = expected
+        self.got = got
+        self.rank = rank
+
+
+class WorkerError(ZspmdError):
+    """One rank failed.
+
+    Attributes:
+        rank, host, pid: which process.
+        step_id: the last step that the rank had started, or None before the first.
+        log_tail: the last lines that it printed.
+        consequences: what followed on other ranks, one line each.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int,
+        host: str = "localhost",
+        pid: int | None = None,
+        step_id: int | None = None,
+        log_tail: Sequence[str] = (),
+        consequences: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.host = host
+        self.pid = pid
+        self.step_id = step_id
+        self.log_tail = tuple(log_tail)
+        self.consequences = tuple(consequences)
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank} on {self.host}" + (f" (pid {self.pid})" if self.pid else "")
+        when = "" if self.step_id is None else f" in step {self.step_id}"
+        text = f"{where}{when}: {self.args[0]}"
+        if self.log_tail:
+            text += "\n  last lines of its log:\n" + "\n".join(f"    {line}" for line in self.log_tail)
+        if self.consequences:
+            text += "\n  then:\n" + "\n".join(f"    {line}" for line in self.consequences)
+        return text
+
+
+class WorkerRaisedError(WorkerError):
+    """The rank's own code raised; ``exception_type`` names the class, ``remote_traceback`` has the text."""
+
+    def __init__(self, message: str, *, remote_traceback: str = "", exception_type: str = "", **facts: object) -> None:
+        super().__init__(message, **facts)  # type: ignore[arg-type]  # the facts of WorkerError, passed through
+        self.remote_traceback = remote_traceback
+        self.exception_type = exception_type
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text}\n  remote traceback:\n{_indent(self.remote_traceback)}" if self.remote_traceback else text
+
+
+class WorkerExitedError(WorkerError):
+    """The rank's process ended: ``exit_code`` is as in subprocess, negative for a signal."""
+
+    def __init__(self, message: str | None = None, *, exit_code: int, **facts: object) -> None:
+        super().__init__(message or describe_exit(exit_code), **facts)  # type: ignore[arg-type]  # as above
+        self.exit_code = exit_code
+
+
+class WorkerStalledError(WorkerError):
+    """The rank did not answer within the deadline; ``missing`` lists every rank that had not."""
+
+    def __init__(self, message: str, *, missing: Sequence[int] = (), **facts: object) -> None:
+        super().__init__(message, **facts)  # type: ignore[arg-type]  # as above
+        self.missing = tuple(missing)
+
+
+class RequestError(ZspmdError):
+    """One request cannot be served; the engine lives on."""
+
+    def __init__(self, message: str, *, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+class InternalError(ZspmdError):
+    """A broken invariant: a bug of zspmd. Please report it with the message."""
+
+
+def describe_exit(exit_code: int) -> str:
+    """Say in words how a process ended; ``exit_code`` as in subprocess, negative for a signal."""
+    if exit_code >= 0:
+        return f"exited with code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    hint = " (if nobody sent it, the kernel's out-of-memory killer may have: see dmesg)" if exit_code == -signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines())

@@ -1,0 +1,104 @@
+"""What ties a process of a launch to its parent and its children. Linux, standard library only.
+
+It is also a program, which the agent puts before a rank that it does not fork itself::
+
+    python -I -S process.py PARENT_PID CWD PROGRAM [ARGS...]
+
+binds the process to its parent's life and then becomes PROGRAM. Python's ``preexec_fn`` could do the same, but runs between fork
+and exec, where one lock held by another thread is a deadlock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+BOOTSTRAP_FD = "ZSPMD_BOOTSTRAP_FD"
+CANNOT_EXECUTE = 126
+NOT_FOUND = 127
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel send SIGKILL to this process when ``parent_pid`` ends; survives ``exec``.
+
+    The kernel acts when the parent's *thread* that started this process ends, so start children from a thread that lives on.
+    A parent that was gone before the call is found by ``getppid``, and this process ends in the same way.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def become_subreaper() -> None:
+    """Make this process the parent of every orphan among its descendants, whatever session it has moved to.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def child_pids() -> set[int]:
+    """Return the pids of this process's own and adopted children, zombies included."""
+    pids: set[int] = set()
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/children") as children:
+            pids.update(int(pid) for pid in children.read().split())
+    return pids
+
+
+def has_children() -> bool:
+    """Say whether any child is left, zombies included; unlike ``child_pids`` it cannot miss one that is just being adopted."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def take_bootstrap() -> bytes:
+    """Return the secret bytes that the launcher handed to this rank, once; empty where it handed over none.
+
+    They come through an inherited file descriptor whose number is in ``ZSPMD_BOOTSTRAP_FD``. Descriptor and variable are gone
+    afterwards, so that no child of the rank finds them.
+    """
+    number = os.environ.pop(BOOTSTRAP_FD, None)
+    if number is None:
+        return b""
+    with open(int(number), "rb") as bootstrap:
+        return bootstrap.read()
+
+
+def reset_signals() -> None:
+    """Give every signal that Python or a parent may have ignored its default action, for a program that is to be executed."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}, {value}): {os.strerror(code)}")
+
+
+def _execute(parent_pid: int, cwd: str, argv: list[str]) -> int:
+    die_with_parent(parent_pid)
+    reset_signals()
+    try:
+        os.chdir(cwd)
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        print(f"zspmd: cannot execute {argv[0]!r} in {cwd!r}: {error}", file=sys.stderr)
+        return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
+
+
+if __name__ == "__main__":
+    sys.exit(_execute(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
