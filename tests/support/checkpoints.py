@@ -1,0 +1,99 @@
+"""Tiny random checkpoints, one per model family, written by Transformers.
+
+Norm weights and biases are random too: at their initial ones and zeros a model that lacks them would pass every comparison.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # Transformers is typed in parts
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # as above
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 509,  # odd, so that every tensor-parallel size pads it
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,  # fewer than the ranks at tp 4
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": 257,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"num_key_value_heads": 4}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 8}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
+    "linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}}),
+    "tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "mistral": ("mistral", {"sliding_window": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+}
+
+
+def save_checkpoint(
+    directory: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Any:
+    """Write config.json and safetensors of a random model and return the Transformers model in eval mode.
+
+    Args:
+        directory: made if it is not there.
+        family: a key of ``FAMILIES``.
+        seed: equal seeds give equal weights.
+        dtype: of the stored weights and of the returned model.
+        max_shard_size: below the model's size (about 500 KB in float32) the weights are split and an index is written.
+        overrides: fields of config.json.
+    """
+    model_type, fields = FAMILIES[family]
+    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **fields, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.5)
+    model.to(dtype).requires_grad_(False)
+    model.config.dtype = dtype
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Write a tokenizer of single bytes (ids 0 to 255), with <s> 256, </s> 257 and a chat template, beside a checkpoint."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    fast = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # as above
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = (
+        "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    fast.save_pretrained(directory)
