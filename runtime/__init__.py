@@ -1,0 +1,1 @@
+"""The asyncio side: launching, driving, and the engine. Never imports torch."""

@@ -1,0 +1,1 @@
+"""From a plan to processes, and their supervision to the end."""

@@ -1,0 +1,284 @@
+"""The supervisor of one node's ranks: ``python -m zspmd.runtime.launch.agent``, with its driver on standard input and output.
+
+    driver (or ssh) ==records==> agent, child subreaper, in its own session
+                                   ├─ zygote          only while ranks are being forked
+                                   ├─ rank 0          own session, dies with the agent
+                                   ├─ rank 1 ── child of it
+                                   └─ orphan of a rank, adopted
+
+It ends when its ranks have ended, when it is told to, or when its driver is gone: the stream ended, or the driver's pidfd fired,
+which a fork of the driver that still holds the stream cannot hide. Whatever the reason, it leaves no process: it kills its ranks'
+groups, then every child that it has or adopts until it has none, removes the run directory, and reports ``AgentGone`` last.
+
+The loop's thread starts every process, since a parent-death signal is bound to the thread that forked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ...errors import BadFrameError, LaunchError
+from ...process import become_subreaper, child_pids, has_children
+from .agent_protocol import (
+    AgentGone,
+    AgentWarning,
+    Kill,
+    LaunchFailed,
+    RankExited,
+    RankLog,
+    RankStart,
+    RankStarted,
+    Record,
+    SignalRank,
+    Start,
+    Stop,
+)
+from .rank_process import RankProcess
+from .rank_starting import Zygote, spawn_rank
+from .record_stream import RecordStream
+from .run_directory import RunDirectory
+
+_MAX_PENDING_LOG_BYTES = 8 << 20
+_SWEEP_PERIOD_S = 0.005
+_FLUSH_S = 2.0
+_DEFAULT_KILL_S = 2.0
+
+
+class Agent:
+    """Starts the ranks that its driver orders, reports what becomes of them, and ends them."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._stream = RecordStream(read_fd, write_fd, self._on_record, self._on_end)
+        self._change = asyncio.Event()
+        self._order: Start | None = None
+        self._ranks: dict[int, RankProcess] = {}
+        self._zygote: Zygote | None = None
+        self._run_directory: RunDirectory | None = None
+        self._driver_pidfd = -1
+        self._kill_s = _DEFAULT_KILL_S
+        # When the ranks get SIGTERM and SIGKILL, on the loop's clock.
+        self._term_at = math.inf
+        self._kill_at = math.inf
+        self._is_terminated = False
+        self._num_lines_dropped = 0
+
+    async def run(self) -> None:
+        """Serve until nothing is left to supervise."""
+        loop = asyncio.get_running_loop()
+        become_subreaper()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._stop, 0.0, _DEFAULT_KILL_S)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
+        self._stream.open()
+        try:
+            await self._supervise()
+        finally:
+            left = await self._end_all()
+            self._remove_run_directory()
+            self._stream.send(AgentGone(tuple(sorted(left))))
+            await self._stream.wait_flushed(_FLUSH_S)
+            self._stream.close()
+
+    async def _supervise(self) -> None:
+        loop = asyncio.get_running_loop()
+        starting: asyncio.Task[None] | None = None
+        try:
+            while loop.time() < self._kill_at:
+                is_stopping = self._kill_at < math.inf
+                if self._order is not None and starting is None:
+                    starting = loop.create_task(self._start_ranks(self._order))
+                    starting.add_done_callback(lambda task: self._change.set())
+                is_started = starting is not None and starting.done()
+                if starting is not None and starting.done():
+                    starting.result()
+                if (is_stopping and not is_started) or (is_started and not self._running()):
+                    return
+                if loop.time() >= self._term_at:
+                    self._term_at, self._is_terminated = math.inf, True
+                    self._signal_groups(signal.SIGTERM, signal.SIGCONT)
+                await self._wait_change(min(self._term_at, self._kill_at))
+        finally:
+            if starting is not None:
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+
+    async def _wait_change(self, until: float) -> None:
+        timeout_s = None if until == math.inf else max(0.0, until - asyncio.get_running_loop().time())
+        try:
+            await asyncio.wait_for(self._change.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return
+        self._change.clear()
+
+    # --- starting ---
+
+    async def _start_ranks(self, order: Start) -> None:
+        try:
+            _make_log_dir(order.log_dir)
+            if order.start_method == "fork":
+                self._zygote = Zygote(order)
+                await self._zygote.open()
+            for rank in order.ranks:
+                await self._start_rank(order, rank)
+            if self._zygote is not None:  # nothing is started later, and one process fewer can fail
+                self._zygote.kill()
+                self._zygote = None
+        except (LaunchError, OSError) as error:
+            self._stream.send(LaunchFailed(str(error)))
+            self._kill_at = 0.0
+
+    async def _start_rank(self, order: Start, start: RankStart) -> None:
+        rank = self._ranks[start.rank] = RankProcess(start.rank, order.log_dir, self._report, self._change.set)
+        write_fds = rank.open_output()
+        try:
+            if self._zygote is not None:
+                pid = await self._zygote.fork_rank(start, *write_fds)
+            else:
+                pid = spawn_rank(order, start, *write_fds)
+        finally:
+            for fd in write_fds:
+                os.close(fd)
+        self._stream.send(RankStarted(start.rank, pid))
+        rank.watch(pid)
+
+    # --- what arrives ---
+
+    def _on_record(self, record: Record) -> None:
+        if isinstance(record, Start) and self._order is None:
+            self._accept(record)
+        elif isinstance(record, Stop):
+            self._stop(record.grace_s, record.kill_s)
+        elif isinstance(record, Kill):
+            self._kill_at = 0.0
+        elif isinstance(record, SignalRank) and record.rank in self._ranks:
+            self._ranks[record.rank].signal(record.signal)
+        else:
+            self._stream.send(AgentWarning(f"the order {type(record).__name__} was not expected and is ignored"))
+        self._change.set()
+
+    def _accept(self, order: Start) -> None:
+        self._order = order
+        self._kill_s = order.kill_s
+        if order.run_directory is not None and order.lock_fd >= 0:
+            os.set_inheritable(order.lock_fd, False)  # else the ranks would hold the lock too
+            self._run_directory = RunDirectory(Path(order.run_directory), order.lock_fd)
+        if order.driver_pid:
+            self._watch_driver(order.driver_pid)
+
+    def _watch_driver(self, pid: int) -> None:
+        if os.getppid() != pid:
+            self._on_end(None)
+            return
+        self._driver_pidfd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._driver_pidfd, self._on_driver_death)
+
+    def _on_driver_death(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._driver_pidfd)
+        self._on_end(None)
+
+    def _on_end(self, error: BadFrameError | None) -> None:
+        if error is not None:
+            print(f"zspmd agent: the driver broke the protocol: {error}", file=sys.stderr)
+        self._kill_at = 0.0
+        self._change.set()
+
+    def _stop(self, grace_s: float, kill_s: float) -> None:
+        now = asyncio.get_running_loop().time()
+        if not self._is_terminated:
+            self._term_at = min(self._term_at, now + grace_s)
+        self._kill_at = min(self._kill_at, now + grace_s + kill_s)
+        self._kill_s = kill_s
+        self._change.set()
+
+    # --- what is reported ---
+
+    def _report(self, record: RankLog | RankExited | AgentWarning) -> None:
+        """Send a record; log lines only while the driver keeps up, since a rank must never wait for a reader of its log."""
+        if isinstance(record, RankLog):
+            if self._stream.pending_bytes > _MAX_PENDING_LOG_BYTES:
+                self._num_lines_dropped += len(record.lines)
+                return
+            if self._num_lines_dropped:
+                text = f"{self._num_lines_dropped} log lines are not shown, since they were read too slowly; log files are complete"
+                self._num_lines_dropped = 0
+                self._stream.send(AgentWarning(text))
+        self._stream.send(record)
+
+    # --- ending ---
+
+    def _running(self) -> list[RankProcess]:
+        return [rank for rank in self._ranks.values() if rank.is_running]
+
+    def _signal_groups(self, *numbers: int) -> None:
+        for rank in self._running():
+            for number in numbers:
+                rank.signal_group(number)
+
+    def _reap_orphans(self) -> None:
+        """Reap adopted children that have ended, unless a rank may be among them whose pid the zygote has yet to tell."""
+        if self._zygote is None:
+            for pid in self._orphans():
+                os.waitpid(pid, os.WNOHANG)
+
+    def _orphans(self) -> set[int]:
+        known = {rank.pid for rank in self._running()}
+        if self._zygote is not None:
+            known.add(self._zygote.pid)
+        return child_pids() - known
+
+    def _kill_orphans(self) -> None:
+        for pid in self._orphans():
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, os.WNOHANG)
+
+    def _remove_run_directory(self) -> None:
+        try:
+            if self._run_directory is not None:
+                self._run_directory.remove()
+        except OSError as error:
+            self._stream.send(AgentWarning(f"the run directory could not be removed: {error}"))
+
+    async def _end_all(self) -> set[int]:
+        """Kill and reap every child, own or adopted; return those that did not end in time."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._kill_s
+        self._signal_groups(signal.SIGKILL)
+        if self._zygote is not None:
+            self._zygote.kill()
+            self._zygote = None
+        while has_children() and loop.time() < deadline:
+            self._kill_orphans()
+            await asyncio.sleep(_SWEEP_PERIOD_S)
+        for rank in self._ranks.values():
+            rank.close()
+        return child_pids()
+
+
+def _make_log_dir(path: str | None) -> None:
+    if path is not None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def main() -> None:
+    """Run the agent on standard input and output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The channel moves away from 0 and 1, so that nothing that prints can write into it.
+    read_fd, write_fd = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+
+    async def run() -> None:
+        await Agent(read_fd, write_fd).run()
+
+    asyncio.run(run())
+
+
+if __name__ == "__main__":
+    main()

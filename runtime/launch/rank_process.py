@@ -1,0 +1,168 @@
+"""One rank as its agent sees it: a pidfd that tells of its end, and two pipes with what it prints."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from .agent_protocol import AgentWarning, RankExited, RankLog
+from .line_splitter import LineSplitter
+
+TAIL_LINES = 40
+_CHUNK_BYTES = 64 << 10
+# What a rank that has ended can have left in a pipe is one pipe buffer. A grandchild that goes on printing is read no further.
+_MAX_DRAIN_BYTES = 4 << 20
+
+Report = Callable[[RankLog | RankExited | AgentWarning], None]
+
+
+class RankOutput:
+    """The read end of a rank's stdout or stderr, copied to a log file when there is one."""
+
+    def __init__(self, rank: int, stream: str, log_dir: str | None, on_lines: Callable[[str, list[str]], None], report: Report) -> None:
+        self._rank = rank
+        self._stream = stream
+        self._on_lines = on_lines
+        self._report = report
+        self._splitter = LineSplitter()
+        self._log_path = None if log_dir is None else Path(log_dir) / f"r{rank:05d}.{stream}"
+        self._log_fd = -1
+        self._read_fd = -1
+
+    def open(self) -> int:
+        """Begin to read; return the write end for the rank, which the caller closes once the rank has it.
+
+        Raises:
+            OSError: the log file cannot be opened.
+        """
+        if self._log_path is not None:
+            self._log_fd = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._read_fd, write_fd = os.pipe()
+        os.set_blocking(self._read_fd, False)
+        asyncio.get_running_loop().add_reader(self._read_fd, self._read)
+        return write_fd
+
+    def drain(self) -> None:
+        """Read what is there by now, and report a last line without a newline."""
+        size = 0
+        while self._read_fd >= 0 and size < _MAX_DRAIN_BYTES:
+            count = self._read()
+            if not count:
+                break
+            size += count
+        self._emit(self._splitter.flush())
+
+    def close(self) -> None:
+        """Stop reading; safe to call again."""
+        if self._read_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._read_fd)
+            os.close(self._read_fd)
+            self._read_fd = -1
+        if self._log_fd >= 0:
+            os.close(self._log_fd)
+            self._log_fd = -1
+
+    def _read(self) -> int:
+        try:
+            data = os.read(self._read_fd, _CHUNK_BYTES)
+        except BlockingIOError:
+            return 0
+        if not data:
+            self._emit(self._splitter.flush())
+            self.close()
+            return 0
+        self._save(data)
+        self._emit(self._splitter.feed(data))
+        return len(data)
+
+    def _save(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while self._log_fd >= 0 and rest:
+                rest = rest[os.write(self._log_fd, rest) :]
+        except OSError as error:
+            os.close(self._log_fd)
+            self._log_fd = -1
+            self._report(AgentWarning(f"rank {self._rank}: {self._log_path} is written no further: {error}; the launch goes on"))
+
+    def _emit(self, lines: list[str]) -> None:
+        if lines:
+            self._on_lines(self._stream, lines)
+
+
+class RankProcess:
+    """A rank from its start to the report of its end.
+
+    ``open_output`` comes first and returns what the process is to write to; ``watch`` follows once it has a pid. After its end,
+    and after everything that it printed was read, one ``RankExited`` is reported and ``on_exit`` called.
+    """
+
+    def __init__(self, rank: int, log_dir: str | None, report: Report, on_exit: Callable[[], None]) -> None:
+        self.rank = rank
+        self.pid = 0
+        self.exit_code: int | None = None
+        self._report = report
+        self._on_exit = on_exit
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._outputs = [RankOutput(rank, stream, log_dir, self._on_lines, report) for stream in ("out", "err")]
+        self._pidfd = -1
+
+    @property
+    def is_running(self) -> bool:
+        return self.pid > 0 and self.exit_code is None
+
+    def open_output(self) -> tuple[int, int]:
+        """Return the write ends for stdout and stderr; the caller closes them.
+
+        Raises:
+            OSError: a log file cannot be opened.
+        """
+        stdout, stderr = self._outputs
+        out_fd = stdout.open()
+        try:
+            return out_fd, stderr.open()
+        except OSError:
+            os.close(out_fd)
+            raise
+
+    def watch(self, pid: int) -> None:
+        """Take charge of a child of this process, which may have ended already."""
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the rank's process alone; nothing happens when it has ended."""
+        if self.is_running:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the rank's process group; nothing happens when the rank has ended.
+
+        The pid of a rank that is not reaped cannot name anything else, so this never hits a stranger.
+        """
+        if self.is_running:
+            os.killpg(self.pid, number)
+
+    def close(self) -> None:
+        """Read no further, whoever still prints; safe to call again."""
+        for output in self._outputs:
+            output.close()
+
+    def _reap(self) -> None:
+        _, status = os.waitpid(self.pid, 0)
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        for output in self._outputs:
+            output.drain()
+        self.exit_code = os.waitstatus_to_exitcode(status)
+        self._report(RankExited(self.rank, self.pid, self.exit_code, tuple(self._tail)))
+        self._on_exit()
+
+    def _on_lines(self, stream: str, lines: list[str]) -> None:
+        self._tail.extend(lines)
+        self._report(RankLog(self.rank, stream, tuple(lines)))

@@ -1,0 +1,172 @@
+"""The directory of a launch: private to the user, and held by exactly one launch at a time.
+
+ZeroMQ's ``ipc://`` has no collision detection: binding over a live socket steals its traffic. So sockets live in a directory with
+mode 0700 that is named by the launch id and locked by ``flock`` for as long as the driver or its agent lives.
+
+The lock file lies in the directory and goes with it, so whoever locks it looks again whether the path still leads to that file:
+
+    create:  mkdir -> open(lock) -> flock -> same inode? -> ours (clean what a dead launch left)
+               ^________ENOENT________|         | no
+               ^________________________________|
+    remove:  unlink all but the lock -> unlink the lock -> rmdir -> close (the lock ends here)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from ...errors import ConfigError, EndpointInUseError, LaunchError
+from .launch_id import check_launch_id
+
+LOCK_NAME = "lock"
+# sun_path has 108 bytes, the last of them zero.
+MAX_SOCKET_PATH_BYTES = 107
+_LONGEST_NAME_BYTES = 24
+_ROOM_FOR_ENDPOINT_BYTES = 16
+
+
+class RunDirectory:
+    """A locked directory for the sockets of one launch.
+
+    ``lock_fd`` holds the lock; a child that inherits it keeps the lock beyond the death of its parent.
+    """
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        """Take over a directory whose lock the caller holds in ``lock_fd``; ``create`` makes a new one."""
+        self.path = path
+        self.lock_fd = lock_fd
+
+    @classmethod
+    def create(cls, launch_id: str) -> RunDirectory:
+        """Make and lock the directory of a launch, or take over the one that a dead launch of the same id left.
+
+        Raises:
+            ConfigError: the launch id cannot be used, or the path is too long for a socket.
+            EndpointInUseError: a live launch has the same id; the message names its pid.
+            LaunchError: the parent directory is not private to this user.
+        """
+        path = run_directory_path(launch_id)
+        _check_socket_path(path / ("x" * _ROOM_FOR_ENDPOINT_BYTES))
+        _make_private(path.parent)
+        while True:
+            _make_private(path)
+            lock_fd = _lock(path, launch_id)
+            if lock_fd is not None:
+                directory = cls(path, lock_fd)
+                directory._clean()
+                os.ftruncate(lock_fd, 0)
+                os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
+                return directory
+
+    def endpoint(self, name: str) -> str:
+        """Return the ``ipc://`` endpoint of a socket in this directory.
+
+        Raises:
+            ConfigError: the socket's path exceeds 107 bytes.
+        """
+        _check_socket_path(self.path / name)
+        return f"ipc://{self.path / name}"
+
+    def remove(self) -> None:
+        """Remove the directory, unless a later launch has it, and give the lock back; does nothing the second time."""
+        if self.lock_fd < 0:
+            return
+        if _is_same_file(self.path / LOCK_NAME, self.lock_fd):
+            self._clean()
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
+            try:
+                self.path.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:  # not empty: the next launch has made its lock there already
+                    raise
+        os.close(self.lock_fd)
+        self.lock_fd = -1
+
+    def _clean(self) -> None:
+        for entry in list(os.scandir(self.path)):
+            if entry.name == LOCK_NAME:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def run_directory_path(launch_id: str) -> Path:
+    """Return where the directory of a launch lies, without making it.
+
+    It is in ``$XDG_RUNTIME_DIR/zspmd`` when that variable names a directory, else in ``zspmd-<uid>`` in the temporary directory.
+
+    Raises:
+        ConfigError: the launch id cannot be used.
+    """
+    name = check_launch_id(launch_id)
+    if len(name) > _LONGEST_NAME_BYTES:
+        # A dot in front: no launch id begins with one, so that no id can be another's hash.
+        name = "." + hashlib.sha256(name.encode()).hexdigest()[: _LONGEST_NAME_BYTES - 1]
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and os.path.isdir(runtime):
+        return Path(os.path.abspath(runtime)) / "zspmd" / name
+    return Path(tempfile.gettempdir()) / f"zspmd-{os.getuid()}" / name
+
+
+def _make_private(path: Path) -> None:
+    """Make the directory, or check that the one that is there is nobody else's."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        facts = path.lstat()
+    except FileNotFoundError as error:
+        if path.parent.is_dir():  # removed between the two calls by its last owner
+            return
+        raise LaunchError(f"{path.parent} does not exist; create it or set XDG_RUNTIME_DIR or TMPDIR to a directory") from error
+    except OSError as error:
+        raise LaunchError(f"cannot make the run directory {path}: {error}") from error
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        raise LaunchError(
+            f"{path} is not a directory with mode 0700 of uid {os.getuid()} (mode {stat.filemode(facts.st_mode)}, uid {facts.st_uid}); "
+            "remove it, or set XDG_RUNTIME_DIR to a private directory"
+        )
+
+
+def _lock(path: Path, launch_id: str) -> int | None:
+    """Return a locked descriptor, or None when the directory was removed under us and is to be made again."""
+    try:
+        lock_fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(lock_fd, 32, 0).decode(errors="replace").strip()
+        os.close(lock_fd)
+        who = f"pid {holder}" if holder else "a process that is just starting"
+        raise EndpointInUseError(f"launch id {launch_id!r} is held by {who}; end that launch or choose another id") from error
+    if not _is_same_file(path / LOCK_NAME, lock_fd):
+        os.close(lock_fd)
+        return None
+    return lock_fd
+
+
+def _is_same_file(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _check_socket_path(path: Path) -> None:
+    size = len(os.fsencode(path))
+    if size > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"socket path {path} has {size} bytes where {MAX_SOCKET_PATH_BYTES} are possible; "
+            "set XDG_RUNTIME_DIR or TMPDIR to a shorter path"
+        )

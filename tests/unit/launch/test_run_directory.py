@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from zspmd.errors import ConfigError, EndpointInUseError, LaunchError
+from zspmd.runtime.launch.run_directory import LOCK_NAME, MAX_SOCKET_PATH_BYTES, RunDirectory, run_directory_path
+
+# Says "won" and holds on until its stdin closes, or prints the refusal.
+CONTENDER = """
+import sys
+from zspmd.errors import EndpointInUseError
+from zspmd.runtime.launch.run_directory import RunDirectory
+sys.stdin.readline()
+try:
+    directory = RunDirectory.create("same")
+except EndpointInUseError as error:
+    print("lost", error, flush=True)
+else:
+    print("won", flush=True)
+    sys.stdin.readline()
+    directory.remove()
+"""
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short directory: pytest's own leave no room for socket paths."""
+    with tempfile.TemporaryDirectory(prefix="z") as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        yield Path(directory)
+
+
+def test_the_directory_is_private_and_goes_again(runtime_dir: Path) -> None:
+    directory = RunDirectory.create("launch")
+    assert directory.path == runtime_dir / "zspmd" / "launch"
+    assert directory.path.stat().st_mode & 0o777 == 0o700
+    assert directory.endpoint("step") == f"ipc://{directory.path}/step"
+    (directory.path / "step").write_text("")
+    directory.remove()
+    directory.remove()
+    assert list((runtime_dir / "zspmd").iterdir()) == []
+
+
+def test_without_a_runtime_directory_the_temporary_one_serves(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_dir / "absent"))
+    assert run_directory_path("a") == Path(tempfile.gettempdir()) / f"zspmd-{os.getuid()}" / "a"
+
+
+def test_a_second_launch_of_the_same_id_is_told_the_pid() -> None:
+    first = RunDirectory.create("launch")
+    with pytest.raises(EndpointInUseError, match=f"pid {os.getpid()}"):
+        RunDirectory.create("launch")
+    first.remove()
+    RunDirectory.create("launch").remove()
+
+
+def test_of_eight_launches_at_once_one_wins() -> None:
+    contenders = [
+        subprocess.Popen([sys.executable, "-c", CONTENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(8)
+    ]
+    for contender in contenders:
+        assert contender.stdin is not None
+        contender.stdin.write("go\n")
+        contender.stdin.flush()
+    answers = []
+    for contender in contenders:
+        assert contender.stdout is not None
+        answers.append(contender.stdout.readline().split(maxsplit=1)[0])
+    for contender in contenders:
+        contender.communicate(timeout=10)
+    assert sorted(answers) == ["lost"] * 7 + ["won"]
+    assert not run_directory_path("same").exists()
+
+
+def test_what_a_dead_launch_left_is_taken_over() -> None:
+    path = run_directory_path("stale")
+    path.mkdir(parents=True, mode=0o700)
+    path.parent.chmod(0o700)
+    (path / LOCK_NAME).write_text("999999\n")
+    (path / "step").write_text("")
+    (path / "more").mkdir()
+    directory = RunDirectory.create("stale")
+    assert [entry.name for entry in path.iterdir()] == [LOCK_NAME]
+    assert (path / LOCK_NAME).read_text().strip() == str(os.getpid())
+    directory.remove()
+
+
+def test_removing_leaves_a_successor_alone() -> None:
+    first = RunDirectory.create("launch")
+    (first.path / LOCK_NAME).unlink()
+    second = RunDirectory.create("launch")
+    first.remove()
+    assert (second.path / LOCK_NAME).exists()
+    with pytest.raises(EndpointInUseError):
+        RunDirectory.create("launch")
+    second.remove()
+
+
+def test_a_lock_of_a_removed_directory_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contender that opened the lock before its owner removed it must start over."""
+    owner = RunDirectory.create("launch")
+    real_flock = fcntl.flock
+    locked: list[int] = []
+
+    def remove_then_lock(fd: int, operation: int) -> None:
+        if not locked:
+            owner.remove()
+        locked.append(fd)
+        real_flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_then_lock)
+    contender = RunDirectory.create("launch")
+    assert len(locked) == 2
+    assert (contender.path / LOCK_NAME).exists()
+    contender.remove()
+
+
+def test_long_ids_have_short_and_different_directories() -> None:
+    paths = {run_directory_path("x" * 63 + letter) for letter in "ab"}
+    assert len(paths) == 2
+    assert all(len(path.name) <= 24 for path in paths)
+
+
+def test_a_socket_path_that_is_too_long_is_refused_early(monkeypatch: pytest.MonkeyPatch, runtime_dir: Path) -> None:
+    directory = RunDirectory.create("launch")
+    room = MAX_SOCKET_PATH_BYTES - len(str(directory.path)) - 1
+    assert directory.endpoint("s" * room).endswith("s")
+    with pytest.raises(ConfigError, match="107 are possible"):
+        directory.endpoint("s" * (room + 1))
+    directory.remove()
+    deep = runtime_dir / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    with pytest.raises(ConfigError, match="shorter path"):
+        RunDirectory.create("launch")
+
+
+@pytest.mark.parametrize("kind", ["open", "link", "file"])
+def test_a_parent_that_is_not_private_is_refused(runtime_dir: Path, kind: str) -> None:
+    parent = runtime_dir / "zspmd"
+    if kind == "open":
+        parent.mkdir()
+        parent.chmod(0o755)
+    elif kind == "link":
+        (runtime_dir / "elsewhere").mkdir(mode=0o700)
+        parent.symlink_to(runtime_dir / "elsewhere")
+    else:
+        parent.write_text("")
+    with pytest.raises(LaunchError, match=str(parent)):
+        RunDirectory.create("launch")
