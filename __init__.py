@@ -32,6 +32,7 @@ _HOMES = {
     "RequestOutput": ".runtime.engine.outputs",
     "SamplingParams": ".config",
     "StepGapError": ".errors",
+    "StoreTimeoutError": ".errors",
     "TopologyError": ".errors",
     "TransportError": ".errors",
     "WireVersionError": ".errors",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from .errors import ReadyTimeoutError as ReadyTimeoutError
     from .errors import RequestError as RequestError
     from .errors import StepGapError as StepGapError
+    from .errors import StoreTimeoutError as StoreTimeoutError
     from .errors import TopologyError as TopologyError
     from .errors import TransportError as TransportError
     from .errors import WireVersionError as WireVersionError

@@ -1,7 +1,7 @@
 """Every error that zspmd raises on purpose, sorted by who caused it.
 
     ZspmdError
-      ConfigError(ValueError)       the user's input; raised before any process starts
+      ConfigError(ValueError)       the user's input; raised before any process starts wherever it can be known then
         TopologyError               sizes that do not fit each other
         HostfileError               a line of a hostfile
         CheckpointError             a model directory: a file, a tensor, a field of config.json
@@ -12,6 +12,7 @@
         ClosedError                 this side has closed
         PeerLostError               the other side is gone
         BackpressureError           no room in the window within the deadline; nothing was sent
+        StoreTimeoutError           keys of the coordinator's store did not appear in time; also a TimeoutError
         ProtocolError               bytes that break the protocol
           WireVersionError          another version of zspmd is at the other end
           BadFrameError             a malformed frame: says which field
@@ -37,7 +38,7 @@ class ZspmdError(Exception):
 
 
 class ConfigError(ZspmdError, ValueError):
-    """The caller's input is wrong; nothing was started."""
+    """The caller's input is wrong; nothing was started, or it has been ended again."""
 
 
 class TopologyError(ConfigError):
@@ -96,6 +97,15 @@ class PeerLostError(TransportError):
 
 class BackpressureError(TransportError):
     """No room in the in-flight window within the deadline; nothing was sent."""
+
+
+class StoreTimeoutError(TransportError, TimeoutError):
+    """Keys of the coordinator's store that did not appear in time; ``absent`` names them."""
+
+    def __init__(self, absent: Sequence[str], timeout_s: float) -> None:
+        shown = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+        super().__init__(f"no value for {shown} within {timeout_s:g} s; another rank has not set it")
+        self.absent = tuple(absent)
 
 
 class ProtocolError(TransportError):

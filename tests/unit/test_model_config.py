@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from zspmd.errors import CheckpointError, TopologyError
 from zspmd.model_config import ModelConfig, RopeScaling, check_checkpoint, check_tensor_parallel, read_model_config, tensor_shapes
 

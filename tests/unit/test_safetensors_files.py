@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from zspmd.errors import CheckpointError
 from zspmd.safetensors_files import StoredTensor, find_tensors, read_safetensors_header
 

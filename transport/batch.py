@@ -1,0 +1,197 @@
+"""The packed step of a running batch: what changed since the last step, and nothing else.
+
+Every rank holds the batch state (slots, tokens, block tables) and applies the same deltas in the same order, so a steady decode
+step names no sequence, no token and no block that it already knows. Slots are small integers that the sender hands out; this module
+knows nothing of requests. Little endian, no padding:
+
+    fixed part, 16 B    flags u8 | reserved u8 | n_delete u16 | n_chunk u16 | n_decode u16 | n_block u32 | adds_bytes u32
+    delete              u16 slot * n_delete
+    chunk               u16 slot * n_chunk, u32 num_tokens * n_chunk
+    block               u16 slot * n_block, u32 block * n_block
+    decode              u16 slot * n_decode         absent with the flag SAME_DECODE
+    adds                msgpack: a list of one list a sequence, in the order of ``SlotAdd``'s fields
+
+Order of application: delete, add, block, then the rows are the chunks in order followed by the decode slots in order.
+A row is sampled when it reaches the end of the tokens known for its slot; each rank appends the sampled token itself.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BadFrameError
+
+U16Array = npt.NDArray[np.uint16]
+U32Array = npt.NDArray[np.uint32]
+I32Array = npt.NDArray[np.int32]
+
+FIXED = struct.Struct("<BBHHHII")
+SAME_DECODE = 1
+MAX_SLOT = (1 << 16) - 1
+_NO_U16: U16Array = np.empty(0, np.uint16)
+_NO_U32: U32Array = np.empty(0, np.uint32)
+
+
+@dataclass(frozen=True)
+class SlotAdd:
+    """A sequence that joins the batch (again, after a preemption).
+
+    Args:
+        slot: a slot that no live sequence holds.
+        tokens: int32 [n], the prompt and whatever was generated before a preemption.
+        num_prompt: how many of ``tokens`` are prompt.
+        num_computed: how many of ``tokens`` already have their KV in ``blocks`` (prefix reuse); below ``n``.
+        blocks: uint32 [b], its block table so far.
+        seed: of its sampling noise, below 2**63.
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: as in ``SamplingParams``.
+        logprobs: how many top log-probabilities to report; -1 for none at all.
+        min_tokens: generated tokens before which none of ``end_token_ids`` may be sampled.
+        end_token_ids: int32 [e], tokens that end the sequence.
+    """
+
+    slot: int
+    tokens: I32Array
+    num_prompt: int
+    num_computed: int
+    blocks: U32Array
+    seed: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int = -1
+    min_tokens: int = 0
+    end_token_ids: I32Array = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+@dataclass(frozen=True)
+class BatchStep:
+    """One step of the batch as deltas against the step before.
+
+    Args:
+        deletes: slots that leave (finished, aborted, preempted); free for this step's adds.
+        adds: sequences that join.
+        block_slots, block_ids: uint16 [k], uint32 [k]; each block is appended to its slot's block table.
+        chunk_slots, chunk_tokens: uint16 [c], uint32 [c]; prompt parts to compute, with their token counts.
+        decode_slots: uint16 [d], one token each; None stands for the same slots in the same order as in
+            the step before; before the first step there were none.
+    """
+
+    deletes: Sequence[int] = ()
+    adds: Sequence[SlotAdd] = ()
+    block_slots: U16Array = field(default_factory=lambda: _NO_U16)
+    block_ids: U32Array = field(default_factory=lambda: _NO_U32)
+    chunk_slots: U16Array = field(default_factory=lambda: _NO_U16)
+    chunk_tokens: U32Array = field(default_factory=lambda: _NO_U32)
+    decode_slots: U16Array | None = None
+
+
+_ADD_FIELDS = tuple(f.name for f in fields(SlotAdd))
+_ADD_ARRAYS = {"tokens": np.dtype("<i4"), "blocks": np.dtype("<u4"), "end_token_ids": np.dtype("<i4")}
+_ADD_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+
+
+def encode_batch_step(step: BatchStep) -> bytes:
+    """Return the packed bytes of a step: 16 B when nothing changed, and 6 B per appended block beyond that."""
+    decode = step.decode_slots
+    adds = msgpack.packb([_add_to_list(add) for add in step.adds]) if step.adds else b""
+    fixed = FIXED.pack(
+        SAME_DECODE if decode is None else 0,
+        0,
+        len(step.deletes),
+        len(step.chunk_slots),
+        0 if decode is None else len(decode),
+        len(step.block_slots),
+        len(adds),
+    )
+    parts = [fixed]
+    if step.deletes:
+        parts.append(np.asarray(step.deletes, "<u2").tobytes())
+    if len(step.chunk_slots):
+        parts += (step.chunk_slots.astype("<u2", copy=False).tobytes(), step.chunk_tokens.astype("<u4", copy=False).tobytes())
+    if len(step.block_slots):
+        parts += (step.block_slots.astype("<u2", copy=False).tobytes(), step.block_ids.astype("<u4", copy=False).tobytes())
+    if decode is not None:
+        parts.append(decode.astype("<u2", copy=False).tobytes())
+    if adds:
+        parts.append(adds)
+    return b"".join(parts)
+
+
+def decode_batch_step(data: bytes | memoryview) -> BatchStep:
+    """Read what ``encode_batch_step`` wrote; arrays are read-only views of ``data`` where that is possible.
+
+    Raises:
+        BadFrameError: the lengths do not add up, or a field of an added sequence has the wrong type.
+    """
+    if len(data) < FIXED.size:
+        raise BadFrameError(f"a batch step has {len(data)} B; its fixed part alone has {FIXED.size}")
+    flags, reserved, n_delete, n_chunk, n_decode, n_block, adds_bytes = FIXED.unpack_from(data)
+    if flags & ~SAME_DECODE or reserved or (flags and n_decode):
+        raise BadFrameError(
+            f"a batch step has flags {flags:#x}, reserved byte {reserved} and {n_decode} decode slots, which no sender writes"
+        )
+    wanted = FIXED.size + 2 * n_delete + 6 * n_chunk + 6 * n_block + 2 * n_decode + adds_bytes
+    if wanted != len(data):
+        raise BadFrameError(f"a batch step has {len(data)} B where its counts ask for {wanted}")
+    at = FIXED.size
+
+    def take(dtype: str, count: int) -> npt.NDArray[np.generic]:
+        nonlocal at
+        array = np.frombuffer(data, dtype, count, at)
+        at += array.nbytes
+        return array
+
+    deletes = take("<u2", n_delete).tolist()
+    chunk_slots, chunk_tokens = take("<u2", n_chunk), take("<u4", n_chunk)
+    block_slots, block_ids = take("<u2", n_block), take("<u4", n_block)
+    decode = None if flags & SAME_DECODE else take("<u2", n_decode)
+    adds = _adds_from_bytes(data[at:]) if adds_bytes else ()
+    return BatchStep(deletes, adds, block_slots, block_ids, chunk_slots, chunk_tokens, decode)  # type: ignore[arg-type]  # dtypes as asked
+
+
+def _add_to_list(add: SlotAdd) -> list[object]:
+    return [
+        value.astype(_ADD_ARRAYS[name], copy=False).tobytes() if name in _ADD_ARRAYS else value
+        for name, value in ((name, getattr(add, name)) for name in _ADD_FIELDS)
+    ]
+
+
+def _adds_from_bytes(data: bytes | memoryview) -> list[SlotAdd]:
+    try:
+        rows = msgpack.unpackb(data, max_ext_len=0, max_map_len=0)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise BadFrameError(f"the added sequences of a batch step are no msgpack list: {error}") from error
+    if not isinstance(rows, list):
+        raise BadFrameError(f"the added sequences of a batch step are a {type(rows).__name__}, not a list")
+    return [_add_from_list(row) for row in rows]
+
+
+def _add_from_list(row: object) -> SlotAdd:
+    if not isinstance(row, list) or len(row) != len(_ADD_FIELDS):
+        raise BadFrameError(f"an added sequence is not a list of the {len(_ADD_FIELDS)} fields of SlotAdd")
+    values: dict[str, object] = {}
+    for name, value in zip(_ADD_FIELDS, row):
+        if name in _ADD_ARRAYS:
+            dtype = _ADD_ARRAYS[name]
+            if not isinstance(value, bytes) or len(value) % dtype.itemsize:
+                raise BadFrameError(f"field {name} of an added sequence is not a whole number of {dtype.itemsize}-byte values")
+            values[name] = np.frombuffer(value, dtype)
+        elif name in _ADD_FLOATS:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise BadFrameError(f"field {name} of an added sequence is {value!r}, not a number")
+            values[name] = float(value)
+        elif isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < 1 << 63:
+            raise BadFrameError(f"field {name} of an added sequence is {value!r}, not a whole number below 2**63")
+        else:
+            values[name] = value
+    return SlotAdd(**values)  # type: ignore[arg-type]  # each field was checked above

@@ -1,0 +1,77 @@
+"""Reading a ZeroMQ socket from an event loop, without ``zmq.asyncio``.
+
+A ZeroMQ fd is edge-triggered: it becomes readable once for any number of messages, and ``send``, ``recv`` and reading EVENTS all eat
+the edge. So each wake-up drains, a spent budget reschedules itself, and whoever sends on the same socket calls ``poke`` afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+BUDGET = 64  # messages a wake-up, so that a busy socket does not starve the loop
+
+
+class SocketReader:
+    """Calls ``read_one`` for each message that arrives; it must take one message without waiting, or raise ``zmq.Again``.
+
+    ``on_error`` gets what ``read_one`` raises otherwise; reading goes on.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: zmq.Socket[Any],
+        read_one: Callable[[], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._loop = loop
+        self._socket = socket
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._read_one = read_one
+        self._on_error = on_error
+        self._is_scheduled = False
+        self._is_closed = False
+        loop.add_reader(self._fd, self._wake)
+        self.poke()
+
+    def poke(self) -> None:
+        """Look for messages whose edge was eaten; call it after any send on the same socket."""
+        if not self._is_scheduled and not self._is_closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._schedule()
+
+    def drain(self) -> None:
+        """Read whatever has arrived by now, budget or not."""
+        while not self._read():
+            pass
+
+    def close(self) -> None:
+        """Stop reading; idempotent. The socket stays open."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.remove_reader(self._fd)
+
+    def _schedule(self) -> None:
+        self._is_scheduled = True
+        self._loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._is_scheduled = False
+        if not self._read():
+            self._schedule()
+
+    def _read(self) -> bool:
+        """Read up to ``BUDGET`` messages; returns whether there is nothing left to do."""
+        for _ in range(BUDGET):
+            if self._is_closed or self._socket.closed:
+                return True
+            try:
+                self._read_one()
+            except zmq.Again:
+                return True  # drained: the next arrival makes an edge
+            except Exception as error:  # one bad message must not cost the edge of those behind it
+                self._on_error(error)
+        return self._is_closed

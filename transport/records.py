@@ -1,0 +1,134 @@
+"""The control records: what ranks and driver say outside the step stream. ``schema`` checks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .frames import Buffer
+from .schema import Record, blob, many, number, read_record, text, whole
+
+MAX_RECORD_BYTES = 1 << 20
+
+
+class ControlRecord(Record, max_bytes=MAX_RECORD_BYTES):
+    """Base of the records of the control socket, of bootstraps and of failures."""
+
+
+def unpack_record(data: Buffer) -> ControlRecord:
+    """Read any control record; raises BadFrameError as ``read_record`` does."""
+    return read_record(ControlRecord, data)
+
+
+MAX_RANK = (1 << 16) - 1
+MAX_SEQ = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class Bootstrap(ControlRecord):
+    """What a rank reads from its inherited fd: where the driver is and the secret that opens the door."""
+
+    launch_id: str = text(64)
+    control_endpoint: str = text(512)
+    token: bytes = blob(64)
+
+
+@dataclass(frozen=True)
+class Hello(ControlRecord):
+    """First record on each control connection of a rank; ``purpose`` is rank, beat or store."""
+
+    token: bytes = blob(64)
+    rank: int = whole(MAX_RANK)
+    pid: int = whole(1 << 31)
+    host: str = text(256)
+    version: str = text(64)
+    purpose: str = text(16)
+
+
+@dataclass(frozen=True)
+class Welcome(ControlRecord):
+    """The answer to a rank's hello. The worker's arguments follow as codec body and buffers."""
+
+    epoch: int = whole((1 << 32) - 1)
+    step_endpoint: str = text(512)
+    result_endpoint: str = text(512)
+    worker: str = text(1024)
+    main_path: str = text(4096)
+    output_ranks: tuple[int, ...] = many(int, MAX_RANK + 1)
+    tp: int = whole(MAX_RANK + 1, 1)
+    pp: int = whole(MAX_RANK + 1, 1)
+    dp: int = whole(MAX_RANK + 1, 1)
+    ep: int = whole(MAX_RANK + 1, 1)
+    device: str = text(64)
+    communicator: str = text(16)
+    beat_s: float = number()
+    collective_s: float = number()
+
+
+@dataclass(frozen=True)
+class Accepted(ControlRecord):
+    """The answer to the hello of a store connection; a beat connection gets none."""
+
+
+@dataclass(frozen=True)
+class Reject(ControlRecord):
+    """The driver will not take this connection."""
+
+    reason: str = text(4096)
+
+
+@dataclass(frozen=True)
+class Beat(ControlRecord):
+    """A rank's sign of life; ``phase`` is setup, idle, step, call or teardown, ``seq`` the frame it started last (-1 none)."""
+
+    phase: str = text(32)
+    seq: int = whole(MAX_SEQ, -1)
+    done_seq: int = whole(MAX_SEQ, -1)
+    step_id: int = whole(MAX_SEQ, -1)
+    memory_bytes: int = whole(MAX_SEQ)
+
+
+@dataclass(frozen=True)
+class Progress(ControlRecord):
+    """How far a rank's set-up is, for whoever watches."""
+
+    done: int = whole(MAX_SEQ)
+    total: int = whole(MAX_SEQ)
+    what: str = text(256)
+
+
+STORE_OPS = ("set", "get", "wait", "check", "add", "compare_set", "delete", "count")
+
+
+@dataclass(frozen=True)
+class StoreRequest(ControlRecord):
+    """One operation on the coordinator's store; ``op`` is one of ``STORE_OPS``."""
+
+    request_id: int = whole(MAX_SEQ)
+    op: str = text(16)
+    keys: tuple[str, ...] = many(str, 4096)
+    value: bytes = blob(MAX_RECORD_BYTES // 2, default=b"")
+    expected: bytes = blob(MAX_RECORD_BYTES // 2, default=b"")
+    amount: int = whole(MAX_SEQ, -MAX_SEQ, default=0)
+    timeout_s: float = number(default=0.0)
+
+
+@dataclass(frozen=True)
+class StoreReply(ControlRecord):
+    """``absent`` lists the keys that a get or wait did not see in time; ``error`` says why a request was refused. Else both are empty."""
+
+    request_id: int = whole(MAX_SEQ)
+    value: bytes = blob(MAX_RECORD_BYTES // 2, default=b"")
+    amount: int = whole(MAX_SEQ, -MAX_SEQ, default=0)
+    absent: tuple[str, ...] = many(str, 4096, default=())
+    error: str = text(4096, default="")
+
+
+@dataclass(frozen=True)
+class Failure(ControlRecord):
+    """Why a rank gives up, or why a call raised; the body of an ERROR or CALL_ERROR frame."""
+
+    exception_type: str = text(512)
+    message: str = text(65_536)
+    traceback: str = text(262_144)
+    phase: str = text(32)
+    step_id: int = whole(MAX_SEQ, -1)

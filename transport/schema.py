@@ -1,0 +1,177 @@
+"""Typed records over msgpack: dataclasses whose fields carry a type and a bound that are checked on both sides.
+
+A record is a frozen dataclass. On the wire it is a map of its fields and ``"record"``, its name. Reading checks every field by name,
+type and bound before the dataclass is built; unknown and missing fields are errors. Each protocol has a family of records of its own,
+with its own size limit: a subclass of ``Record`` that says so, and under which its records are subclasses.
+
+    class ControlRecord(Record, max_bytes=1 << 20): ...
+
+    @dataclass(frozen=True)
+    class Progress(ControlRecord):
+        done: int = whole(MAX_SEQ)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, ClassVar, TypeVar
+
+import msgpack
+
+from ..errors import BadFrameError
+from .frames import Buffer
+
+_MAX_FIELDS = 64
+_MAX_MAPPING = 65_536
+
+
+class Record:
+    """Base of all families of records."""
+
+    kinds: ClassVar[dict[str, type[Record]]]
+    max_bytes: ClassVar[int]
+
+    def __init_subclass__(cls, *, max_bytes: int | None = None) -> None:
+        if max_bytes is not None:
+            cls.kinds, cls.max_bytes = {}, max_bytes
+        else:
+            cls.kinds[cls.__name__] = cls
+
+
+FamilyT = TypeVar("FamilyT", bound=Record)
+
+
+def whole(high: int, low: int = 0, **options: Any) -> Any:
+    """Declare an int field from ``low`` to ``high``."""
+    return field(metadata={"type": int, "low": low, "high": high}, **options)
+
+
+def number(low: float = -math.inf, high: float = math.inf, **options: Any) -> Any:
+    """Declare a field of a finite float from ``low`` to ``high``; whole numbers are taken too."""
+    return field(metadata={"type": float, "low": low, "high": high}, **options)
+
+
+def text(max_length: int, *, choices: Sequence[str] = (), is_optional: bool = False, **options: Any) -> Any:
+    """Declare a str field of at most so many characters, perhaps one of ``choices``, perhaps None."""
+    return field(metadata={"type": str, "high": max_length, "choices": tuple(choices), "is_optional": is_optional}, **options)
+
+
+def blob(max_bytes: int, **options: Any) -> Any:
+    """Declare a bytes field of at most so many bytes."""
+    return field(metadata={"type": bytes, "high": max_bytes}, **options)
+
+
+def many(item: type, max_items: int, **options: Any) -> Any:
+    """Declare a tuple field of at most so many ``item``s: a plain type, or a record, which travels as a map of its fields."""
+    return field(metadata={"type": tuple, "item": item, "high": max_items}, **options)
+
+
+def mapping(**options: Any) -> Any:
+    """Declare a field that is a dict from str to str."""
+    return field(metadata={"type": dict}, **options)
+
+
+def pack_record(record: Record) -> bytes:
+    """Return the bytes of a record.
+
+    Raises:
+        BadFrameError: a field beyond its own bounds, or more than its family allows; the same check as on arrival, made where it can
+            be mended.
+    """
+    name = type(record).__name__
+    data: bytes = msgpack.packb({"record": name, **_plain(record)}, unicode_errors="surrogateescape")
+    if len(data) > record.max_bytes:
+        raise BadFrameError(f"a {name} packs to {len(data)} B; the limit is {record.max_bytes}")
+    return data
+
+
+def read_record(family: type[FamilyT], data: Buffer) -> FamilyT:
+    """Read a record of one family.
+
+    Raises:
+        BadFrameError: not such a record, or a field that is missing, unknown, of the wrong type or out of bounds; says which.
+    """
+    if len(data) > family.max_bytes:
+        raise BadFrameError(f"a record of {len(data)} B; the limit is {family.max_bytes}")
+    try:
+        values = msgpack.unpackb(data, max_ext_len=0, max_map_len=max(_MAX_FIELDS, _MAX_MAPPING), unicode_errors="surrogateescape")
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise BadFrameError(f"a record is no msgpack map: {type(error).__name__}: {error}") from error
+    if not isinstance(values, dict) or len(values) > _MAX_FIELDS:
+        raise BadFrameError(f"a record is a {type(values).__name__}, not a map of at most {_MAX_FIELDS} fields")
+    name = values.pop("record", None)
+    kind = family.kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise BadFrameError(f"unknown record {name!r:.80}; known are {', '.join(sorted(family.kinds))}")
+    record = _build(kind, values)
+    assert isinstance(record, family)
+    return record
+
+
+def _plain(record: Record) -> dict[str, Any]:
+    """Return a record's fields, checked, nested records as maps."""
+    values = {}
+    for f in fields(record):  # type: ignore[arg-type]  # each record is a dataclass
+        value = _checked(type(record).__name__, f, getattr(record, f.name))
+        is_nested = f.metadata["type"] is tuple and issubclass(f.metadata["item"], Record)
+        values[f.name] = [_plain(item) for item in value] if is_nested else value
+    return values
+
+
+def _build(kind: type[Record], values: dict[Any, Any]) -> Record:
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # as above
+    if unknown := values.keys() - known.keys():
+        raise BadFrameError(f"{kind.__name__} has unknown fields {sorted(map(str, unknown))}")
+    for f in known.values():
+        if f.name in values:
+            values[f.name] = _checked(kind.__name__, f, values[f.name])
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise BadFrameError(f"{kind.__name__} lacks the field {f.name}")
+    return kind(**values)
+
+
+def _checked(owner: str, f: Field[Any], value: object) -> Any:
+    """Return a field's value as its record holds it, or raise what names it."""
+    name, wanted, bounds = f"{owner}.{f.name}", f.metadata["type"], f.metadata
+    if value is None and bounds.get("is_optional"):
+        return None
+    if not _is(value, wanted):
+        raise BadFrameError(f"{name} is a {type(value).__name__}, not a {wanted.__name__}")
+    if isinstance(value, (int, float)):
+        return _in_range(name, value, wanted, bounds["low"], bounds["high"])
+    if isinstance(value, dict):
+        if len(value) > _MAX_MAPPING or not all(type(k) is str and type(v) is str for k, v in value.items()):
+            raise BadFrameError(f"{name} is not a map of at most {_MAX_MAPPING} texts to texts")
+        return value
+    assert isinstance(value, (str, bytes, list, tuple))
+    if len(value) > bounds["high"]:
+        raise BadFrameError(f"{name} has length {len(value)}; the limit is {bounds['high']}")
+    if isinstance(value, (list, tuple)):
+        return tuple(_item(name, bounds["item"], item) for item in value)
+    if bounds.get("choices") and value not in bounds["choices"]:
+        raise BadFrameError(f"{name} is {value!r:.80}, not one of {', '.join(bounds['choices'])}")
+    return value
+
+
+def _in_range(name: str, value: float, wanted: type, low: float, high: float) -> float:
+    if wanted is float and not math.isfinite(value):
+        raise BadFrameError(f"{name} is {value}, not finite")
+    if not low <= value <= high:
+        raise BadFrameError(f"{name} is {value}, outside {low} to {high}")
+    return float(value) if wanted is float else value
+
+
+def _item(name: str, wanted: type, item: object) -> object:
+    if issubclass(wanted, Record) and isinstance(item, dict):
+        return _build(wanted, item)
+    if not isinstance(item, wanted) or (isinstance(item, bool) and wanted is not bool):
+        raise BadFrameError(f"{name} has an item that is a {type(item).__name__}, not a {wanted.__name__}")
+    return item
+
+
+def _is(value: object, wanted: type) -> bool:
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) in (tuple, list) if wanted is tuple else type(value) is wanted

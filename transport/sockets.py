@@ -1,0 +1,275 @@
+"""The five socket ends of a launch, blocking or not, without an event loop.
+
+    driver                          rank
+    StepPublisher   XPUB  ------->  SUB     StepSubscriber
+    ResultCollector PULL  <-------  PUSH    ResultPusher
+    ControlServer   ROUTER <----->  DEALER  ControlClient
+
+The driver binds. High-water marks are an assertion, never flow control: small ones lose messages even to an idle subscriber
+(libzmq hands read credits back in batches), so back-pressure is the business of ``window.CreditWindow``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import zmq
+
+from ..errors import BackpressureError, PeerLostError, StepGapError
+from .frames import (
+    STEP_TOPIC,
+    Buffer,
+    ResultFrame,
+    ResultKind,
+    StepFrame,
+    StepKind,
+    pack_result_header,
+    pack_step_header,
+    parse_result,
+    parse_step,
+    rank_topic,
+)
+from .records import ControlRecord, unpack_record
+from .schema import pack_record
+
+HIGH_WATER_MARK = 1024
+COPY_BELOW_BYTES = 256 << 10  # below this a copy is cheaper than tracking the buffer
+RESULT_LINGER_MS = 1000
+SEND_TIMEOUT_MS = 60_000  # of sends that may wait; by then the driver has not read 1,024 messages for a minute
+
+
+def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int = 0) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, linger_ms)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
+    return socket
+
+
+def _send(socket: zmq.Socket[bytes], head: bytes, buffers: Sequence[Buffer], flags: int = 0) -> None:
+    if not buffers:
+        socket.send(head, flags)
+        return
+    socket.send(head, flags | zmq.SNDMORE)
+    for index, buffer in enumerate(buffers):
+        more = zmq.SNDMORE if index + 1 < len(buffers) else 0
+        socket.send(buffer, flags | more, copy=len(buffer) < COPY_BELOW_BYTES)
+
+
+def _receive(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame | bytes]:
+    first = socket.recv(flags)
+    if not socket.getsockopt(zmq.RCVMORE):
+        return [first]
+    frames: list[zmq.Frame | bytes] = [first]
+    while socket.getsockopt(zmq.RCVMORE):  # the other parts of a message are there once its first is
+        frames.append(socket.recv(copy=False))
+    return frames
+
+
+class StepPublisher:
+    """The driver's end of the step socket: publishes each frame once, numbered, to every rank."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
+        self.socket = _open(context, zmq.XPUB)
+        self.socket.setsockopt(zmq.XPUB_NODROP, 1)
+        self.socket.bind(endpoint)
+        self.epoch = epoch
+        self.next_seq = 0
+        self.sent_bytes = 0
+
+    def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
+        """Send one frame to every subscriber and return its seq; never waits.
+
+        Raises:
+            BackpressureError: a subscriber's pipe is full although the window had room; nothing was sent.
+        """
+        head = pack_step_header(kind, self.epoch, self.next_seq) + body
+        try:
+            _send(self.socket, head, buffers, zmq.NOBLOCK)
+        except zmq.Again:
+            self.socket.getsockopt(zmq.EVENTS)  # lets libzmq take in read credits that had not been seen yet
+            try:
+                _send(self.socket, head, buffers, zmq.NOBLOCK)
+            except zmq.Again:
+                raise BackpressureError(
+                    f"frame {self.next_seq}: a rank's pipe holds {HIGH_WATER_MARK} unread messages; it has stopped reading"
+                ) from None
+        self.next_seq += 1
+        self.sent_bytes += len(head) + sum(map(len, buffers))
+        return self.next_seq - 1
+
+    def read_subscription(self) -> tuple[int, bool] | None:
+        """Return the next (rank, joined) that arrived on the socket, or None for a topic that is no rank's.
+
+        Raises:
+            zmq.Again: nothing has arrived.
+        """
+        message = self.socket.recv(zmq.NOBLOCK)
+        if len(message) == 4 and message[1:2] == b"R":
+            return int.from_bytes(message[2:], "big"), message[0] == 1
+        return None
+
+    def close(self) -> None:
+        self.socket.close(0)
+
+
+class StepSubscriber:
+    """A rank's end of the step socket: every frame, in order, or an error."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int) -> None:
+        self.socket = _open(context, zmq.SUB)
+        # in this order: once the driver sees the rank's own topic, the common one is active for it
+        self.socket.subscribe(STEP_TOPIC)
+        self.socket.subscribe(rank_topic(rank))
+        self.socket.connect(endpoint)
+        self.epoch = epoch
+        self.rank = rank
+        self.next_seq = 0
+        self.dropped_foreign = 0
+        self.dropped_duplicates = 0
+        self._timeout_ms = -1
+
+    def receive(self, timeout_ms: int) -> StepFrame | None:
+        """Wait for the next frame; None when ``timeout_ms`` passed without one.
+
+        Frames of another epoch and duplicates are dropped and counted.
+
+        Raises:
+            StepGapError: a frame is missing. The rank must not go on: it would enter a collective out of turn.
+            BadFrameError, WireVersionError: as ``parse_step``.
+        """
+        if timeout_ms != self._timeout_ms:
+            self.socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
+            self._timeout_ms = timeout_ms
+        while True:
+            try:
+                frame = parse_step(_receive(self.socket))
+            except zmq.Again:
+                return None
+            if frame.epoch != self.epoch:
+                self.dropped_foreign += 1
+            elif frame.seq < self.next_seq:
+                self.dropped_duplicates += 1
+            elif frame.seq > self.next_seq:
+                raise StepGapError(expected=self.next_seq, got=frame.seq, rank=self.rank)
+            else:
+                self.next_seq += 1
+                return frame
+
+    def close(self) -> None:
+        self.socket.close(0)
+
+
+class ResultPusher:
+    """A rank's end of the result socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int) -> None:
+        self.socket = _open(context, zmq.PUSH, RESULT_LINGER_MS)
+        self.socket.connect(endpoint)
+        self.epoch = epoch
+        self.rank = rank
+
+    def push(self, kind: ResultKind, seq: int, body: bytes = b"", buffers: Sequence[Buffer] = (), *, busy_us: int = 0) -> None:
+        """Send one answer. Waits only while the driver's pipe is full, which the credit window rules out in health.
+
+        Raises:
+            PeerLostError: the driver has stopped reading for a minute.
+        """
+        try:
+            _send(self.socket, pack_result_header(kind, self.epoch, seq, self.rank, busy_us) + body, buffers)
+        except zmq.Again:
+            raise PeerLostError(f"the driver has read no answer for {SEND_TIMEOUT_MS // 1000} s") from None
+
+    def close(self, linger_ms: int = RESULT_LINGER_MS) -> None:
+        self.socket.close(linger_ms)
+
+
+class ResultCollector:
+    """The driver's end of the result socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
+        self.socket = _open(context, zmq.PULL)
+        self.socket.bind(endpoint)
+        self.epoch = epoch
+        self.dropped_foreign = 0
+
+    def receive(self) -> ResultFrame | None:
+        """Return the next answer that has arrived, or None for one of another epoch, which is dropped and counted.
+
+        Raises:
+            zmq.Again: nothing has arrived.
+            BadFrameError, WireVersionError: as ``parse_result``.
+        """
+        frame = parse_result(_receive(self.socket, zmq.NOBLOCK))
+        if frame.epoch != self.epoch:
+            self.dropped_foreign += 1
+            return None
+        return frame
+
+    def close(self) -> None:
+        self.socket.close(0)
+
+
+class ControlServer:
+    """The driver's end of the control socket: records to and from each connection."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.socket = _open(context, zmq.ROUTER)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.bind(endpoint)
+
+    def receive(self) -> tuple[bytes, ControlRecord]:
+        """Return the next (connection, record).
+
+        Raises:
+            zmq.Again: nothing has arrived.
+            BadFrameError: as ``unpack_record``; the message is gone.
+        """
+        frames = self.socket.recv_multipart(zmq.NOBLOCK)
+        return frames[0], unpack_record(frames[-1])
+
+    def send(self, connection: bytes, record: ControlRecord, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> None:
+        """Send a record, with a codec value behind it where the record says so.
+
+        Raises:
+            PeerLostError: the connection is gone or does not read.
+        """
+        try:
+            self.socket.send(connection, zmq.NOBLOCK | zmq.SNDMORE)
+            _send(self.socket, pack_record(record), [body, *buffers] if body else [], zmq.NOBLOCK)
+        except (zmq.Again, zmq.ZMQError) as error:
+            raise PeerLostError(f"control connection {connection.hex()}: {error}") from error
+
+    def close(self) -> None:
+        self.socket.close(0)
+
+
+class ControlClient:
+    """A rank's end of the control socket. One client for each thread."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self.socket = _open(context, zmq.DEALER)
+        self.socket.connect(endpoint)
+
+    def send(self, record: ControlRecord) -> None:
+        """Send a record; raises PeerLostError when the driver has stopped reading for a minute."""
+        try:
+            self.socket.send(pack_record(record))
+        except zmq.Again:
+            raise PeerLostError(f"the driver has read no control record for {SEND_TIMEOUT_MS // 1000} s") from None
+
+    def receive(self, timeout_s: float) -> tuple[ControlRecord, list[zmq.Frame | bytes]]:
+        """Wait for a record; returns it and the frames behind it.
+
+        Raises:
+            PeerLostError: none within ``timeout_s``.
+        """
+        if not self.socket.poll(max(0, int(timeout_s * 1000)), zmq.POLLIN):
+            raise PeerLostError(f"no answer of the driver on the control socket within {timeout_s:g} s")
+        first, *rest = _receive(self.socket)
+        assert isinstance(first, bytes)
+        return unpack_record(first), rest
+
+    def close(self) -> None:
+        self.socket.close(0)

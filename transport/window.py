@@ -1,0 +1,57 @@
+"""The credit window: how many published frames may be unacknowledged. Arithmetic only.
+
+It bounds memory on both sides and is the only flow control: a frame is in flight from its publication until every rank has
+acknowledged it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ..errors import InternalError, ProtocolError
+
+
+class CreditWindow:
+    """Counts acknowledgements of frames by ``num_ranks`` ranks, at most ``size`` frames in flight.
+
+    Each rank acknowledges every frame once, in order; anything else is a ProtocolError that names the rank.
+    """
+
+    def __init__(self, *, size: int, num_ranks: int) -> None:
+        self.size = size
+        self._next_ack = [0] * num_ranks  # by rank: the seq that it is to acknowledge next
+        self._missing: deque[int] = deque()  # by frame in flight, oldest first: how many ranks have not acknowledged it
+        self._oldest = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._missing)
+
+    def opened(self, seq: int) -> None:
+        """Note that frame ``seq`` was published."""
+        if seq != self._oldest + len(self._missing):
+            raise InternalError(f"frame {seq} published where {self._oldest + len(self._missing)} was due")
+        self._missing.append(len(self._next_ack))
+
+    def acknowledged(self, rank: int, seq: int) -> bool:
+        """Note that ``rank`` has done frame ``seq``; returns whether that made room."""
+        if not 0 <= rank < len(self._next_ack):
+            raise ProtocolError(f"an acknowledgement of rank {rank}; the ranks are 0 to {len(self._next_ack) - 1}")
+        if seq != self._next_ack[rank] or seq >= self._oldest + len(self._missing):
+            raise ProtocolError(f"rank {rank} acknowledged frame {seq} where {self._next_ack[rank]} was due")
+        self._next_ack[rank] = seq + 1
+        self._missing[seq - self._oldest] -= 1
+        made_room = False
+        while self._missing and self._missing[0] == 0:
+            self._missing.popleft()
+            self._oldest += 1
+            made_room = True
+        return made_room
+
+    def behind(self) -> list[int]:
+        """Return the ranks that have not acknowledged the oldest frame in flight."""
+        return [rank for rank, seq in enumerate(self._next_ack) if seq <= self._oldest] if self._missing else []
+
+    def missing(self, seq: int) -> list[int]:
+        """Return the ranks that have not acknowledged frame ``seq``."""
+        return [rank for rank, due in enumerate(self._next_ack) if due <= seq]
