@@ -83,7 +83,7 @@ class EngineConfig:
         max_num_batched_tokens: tokens of all sequences in one step.
         max_model_len: prompt and output tokens of a request; None takes the checkpoint's limit.
         block_size: KV positions in a block.
-        num_blocks: blocks of the KV pool on each rank; None sizes the pool from free memory.
+        num_blocks: blocks of the KV pool on each rank, block 0 (padding) included; None sizes the pool from free memory.
         enable_prefix_cache: let requests share blocks of equal prompt beginnings.
         enable_chunked_prefill: let a prompt be computed over several steps beside decodes; without it a prompt
             must fit ``max_num_batched_tokens``.
@@ -109,7 +109,7 @@ class EngineConfig:
             "max_num_batched_tokens": (1, 1 << 24),
             "max_model_len": (1, 1 << 24),
             "block_size": (1, 1024),
-            "num_blocks": (1, 1 << 31),
+            "num_blocks": (2, 1 << 31),
             "window": (1, 64),
             "max_waiting": (1, 1 << 31),
         }

@@ -1,4 +1,4 @@
-"""A process that has imported torch and forks ranks in milliseconds; ``python -m zspmd.workers.zygote SOCKET_FD AGENT_PID``.
+"""A process that has imported torch and forks ranks, which then need not import it; ``python -m zspmd.workers.zygote SOCKET_FD AGENT_PID``.
 
 It starts no thread and touches no GPU, since neither survives a fork. The agent sends requests over a socket pair: one datagram
 each, with a file in memory (msgpack) and the descriptors of the rank. The first request imports; each later one forks:

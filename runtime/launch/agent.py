@@ -26,15 +26,13 @@ from ...errors import BadFrameError, LaunchError
 from ...process import become_subreaper, child_pids, has_children
 from .agent_protocol import (
     AgentGone,
+    AgentRecord,
     AgentWarning,
-    Kill,
     LaunchFailed,
     RankExited,
     RankLog,
     RankStart,
     RankStarted,
-    Record,
-    SignalRank,
     Start,
     Stop,
 )
@@ -148,15 +146,11 @@ class Agent:
 
     # --- what arrives ---
 
-    def _on_record(self, record: Record) -> None:
+    def _on_record(self, record: AgentRecord) -> None:
         if isinstance(record, Start) and self._order is None:
             self._accept(record)
         elif isinstance(record, Stop):
             self._stop(record.grace_s, record.kill_s)
-        elif isinstance(record, Kill):
-            self._kill_at = 0.0
-        elif isinstance(record, SignalRank) and record.rank in self._ranks:
-            self._ranks[record.rank].signal(record.signal)
         else:
             self._stream.send(AgentWarning(f"the order {type(record).__name__} was not expected and is ignored"))
         self._change.set()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ...errors import ConfigError, TopologyError
 
+_DEVICE_FILES = Path("/dev")
 _DEVICE = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,3})")
 
 
@@ -36,17 +37,16 @@ def detect_devices(devices: str | Sequence[str], world_size: int) -> list[str]:
 def num_cuda_devices() -> int:
     """Return how many CUDA devices a process started now would see; touches no driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = sum(re.fullmatch(r"nvidia[0-9]+", entry.name) is not None for entry in Path("/dev").iterdir())
-    if visible is None:
+    present = sum(re.fullmatch(r"nvidia[0-9]+", entry.name) is not None for entry in _DEVICE_FILES.iterdir())
+    if visible is None or not present:
         return present
-    entries = [entry.strip() for entry in visible.split(",")]
     # CUDA reads the list up to its first invalid entry, and hides everything behind "-1".
     count = 0
-    for entry in entries:
-        if not entry or entry.startswith("-"):
+    for entry in visible.split(","):
+        if not entry.strip() or entry.strip().startswith("-"):
             break
         count += 1
-    return count
+    return count  # may exceed ``present``: parts of one GPU (MIG) count each
 
 
 def available_cores() -> int:

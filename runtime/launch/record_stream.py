@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from ...errors import BadFrameError
-from .agent_protocol import Record, RecordReader, encode_record
+from .agent_protocol import AgentRecord, RecordReader, encode_record
 
 _CHUNK_BYTES = 256 << 10
 
@@ -20,7 +20,7 @@ class RecordStream:
     """
 
     def __init__(
-        self, read_fd: int, write_fd: int, on_record: Callable[[Record], None], on_end: Callable[[BadFrameError | None], None]
+        self, read_fd: int, write_fd: int, on_record: Callable[[AgentRecord], None], on_end: Callable[[BadFrameError | None], None]
     ) -> None:
         self._read_fd = read_fd
         self._write_fd = write_fd
@@ -46,7 +46,7 @@ class RecordStream:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._read_fd, self._read)
 
-    def send(self, record: Record) -> None:
+    def send(self, record: AgentRecord) -> None:
         """Queue a record; it is dropped when the peer is gone, which ``on_end`` reports."""
         if not self._is_open or self._has_ended:
             return

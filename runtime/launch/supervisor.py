@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...errors import BadFrameError, LaunchError, describe_exit
-from .agent_protocol import AgentGone, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Record, SignalRank, Start, Stop
+from .agent_protocol import AgentGone, AgentRecord, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Start, Stop
 from .record_stream import RecordStream
 from .run_directory import RunDirectory
 
@@ -22,9 +22,9 @@ _MARGIN_S = 3.0
 
 @dataclass(frozen=True)
 class AgentLost:
-    """The agent ended without saying that it was done; the kernel has killed its ranks. ``text`` says how it ended."""
+    """The agent ended without saying that it was done; the kernel has killed its ranks. ``reason`` says how it ended."""
 
-    text: str
+    reason: str
 
 
 Event = RankStarted | RankLog | RankExited | AgentWarning | LaunchFailed | AgentGone | AgentLost
@@ -119,11 +119,6 @@ class NodeSupervisor:
         if loop is not None and not loop.is_closed():
             loop.call_later(self._order.kill_s + _MARGIN_S, self._signal_agent, signal.SIGKILL)
 
-    def signal_rank(self, rank: int, number: int) -> None:
-        """Send a signal to one rank's process; nothing happens when it has ended."""
-        if self._stream is not None:
-            self._stream.send(SignalRank(rank, number))
-
     def _execute_agent(self) -> None:
         ours, theirs = socket.socketpair()
         directory = self._run_directory
@@ -161,7 +156,7 @@ class NodeSupervisor:
         if self._agent is not None and not self._reaped.is_set():
             signal.pidfd_send_signal(self._agent_pidfd, number)
 
-    def _on_record(self, record: Record) -> None:
+    def _on_record(self, record: AgentRecord) -> None:
         if isinstance(record, RankStarted):
             self._pids[record.rank] = record.pid
             self._emit(record)
@@ -172,7 +167,7 @@ class NodeSupervisor:
             self._emit(record)
         elif isinstance(record, LaunchFailed):
             self._emit(record)
-            self._settle_start(LaunchError(record.text))
+            self._settle_start(LaunchError(record.reason))
         elif isinstance(record, AgentGone):
             self._is_done = True
             self._emit(record)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+
 from zspmd.errors import EndpointInUseError, LaunchError
 from zspmd.runtime.launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, RankStarted, Start
 from zspmd.runtime.launch.run_directory import RunDirectory, run_directory_path
@@ -197,7 +198,7 @@ async def test_stop_escalates(nodes: Nodes, program: str, exit_code: int) -> Non
 async def test_a_stopped_rank_gets_to_handle_sigterm(nodes: Nodes) -> None:
     node = await nodes.started("import os, signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(3))\n" + WAIT)
     await node.wait(lambda: node.lines(0) == ["ready"])
-    node.supervisor.signal_rank(0, signal.SIGSTOP)
+    os.kill(node.supervisor.pids[0], signal.SIGSTOP)
     assert await node.supervisor.stop(0.0, 5.0) == {0: 3}
 
 
@@ -278,7 +279,7 @@ async def test_the_death_of_the_agent_ends_its_ranks(nodes: Nodes) -> None:
     assert node.supervisor.agent_pid is not None
     os.kill(node.supervisor.agent_pid, signal.SIGKILL)
     await node.wait(lambda: bool(node.of(AgentLost)))
-    assert "SIGKILL" in node.of(AgentLost)[0].text
+    assert "SIGKILL" in node.of(AgentLost)[0].reason
     assert await node.supervisor.stop(1.0, 1.0) == {}
 
 
@@ -435,7 +436,7 @@ async def test_a_full_disk_is_one_warning(nodes: Nodes, tmp_path: Path) -> None:
     assert node.supervisor.exit_codes == {0: 0}
     assert node.lines(0) == ["one", "two"]
     (warning,) = node.of(AgentWarning)
-    assert "r00000.out" in warning.text
+    assert "r00000.out" in warning.reason
     await node.supervisor.stop(0.0, 1.0)
 
 

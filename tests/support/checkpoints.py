@@ -12,8 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # Transformers is typed in parts
-transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # as above
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -70,7 +70,7 @@ def save_checkpoint(
     config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **fields, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # type: ignore[no-untyped-call]
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -89,9 +89,7 @@ def save_tokenizer(directory: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
-    fast = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # as above
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = (
         "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant:{% endif %}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
 from zspmd.models.attention import AttentionInputs, ChunkSpan
 from zspmd.models.llama import LlamaModel
 

@@ -2,10 +2,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+
 from zspmd.errors import ConfigError, TopologyError
+from zspmd.runtime.launch import devices
 from zspmd.runtime.launch.devices import available_cores, detect_devices, num_cuda_devices
+
+
+@pytest.fixture(autouse=True)
+def device_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine with three GPUs, as far as /dev tells."""
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(devices, "_DEVICE_FILES", tmp_path)
+    return tmp_path
+
+
+def test_without_device_files_nothing_is_visible(monkeypatch: pytest.MonkeyPatch, device_files: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert num_cuda_devices() == 2
+    for entry in device_files.glob("nvidia?"):
+        entry.unlink()
+    assert num_cuda_devices() == 0
+
+
+def test_all_devices_are_visible_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert num_cuda_devices() == 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import getpass
 
 import pytest
+
 from zspmd.errors import ConfigError
 from zspmd.runtime.launch.launch_id import check_launch_id, generate_launch_id
 

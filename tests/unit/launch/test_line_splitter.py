@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from zspmd.runtime.launch.line_splitter import MAX_LINE_BYTES, LineSplitter
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from zspmd.errors import ConfigError, TopologyError
 from zspmd.runtime.launch import plan as plan_module
 from zspmd.runtime.launch.plan import LaunchPlan, RankPlan, plan_local

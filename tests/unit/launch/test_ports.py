@@ -5,6 +5,7 @@ import errno
 import socket
 
 import pytest
+
 from zspmd.errors import ConfigError, EndpointInUseError
 from zspmd.runtime.launch import ports
 from zspmd.runtime.launch.ports import FIRST_PORT, LAST_PORT, first_candidate, reserve_port

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from zspmd.errors import ConfigError, EndpointInUseError, LaunchError
 from zspmd.runtime.launch.run_directory import LOCK_NAME, MAX_SOCKET_PATH_BYTES, RunDirectory, run_directory_path
 

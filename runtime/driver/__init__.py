@@ -1,0 +1,1 @@
+"""The worker group: publishing steps and collecting what ranks answer."""

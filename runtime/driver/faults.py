@@ -1,0 +1,129 @@
+"""Which failure came first: sorts what was seen of each rank into one fault and its consequences. No I/O.
+
+When a rank dies, its peers fail too, in their collectives, and may be heard of first. So what is seen is collected for
+``SETTLE_S`` and then ranked: a process that ended by itself, then an exception of a rank's own, then an exception that a lost peer
+explains, then a rank that the driver had to end. Within a class the earliest wins.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...errors import WorkerError, WorkerExitedError, WorkerRaisedError, describe_exit
+from ...transport.records import Failure
+
+SETTLE_S = 0.05
+
+_PEER_LOSS = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|remote process|socket closed|peer is (gone|late)"
+    r"|NCCL.*remote error|gloo.*(timed out|closed)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class RankIdentity:
+    """Where a rank runs, as far as is known."""
+
+    host: str = "localhost"
+    pid: int | None = None
+    step_id: int | None = None
+
+
+@dataclass
+class _Seen:
+    """What is known of one rank's failure; ``order`` counts from the first thing seen."""
+
+    order: int
+    failure: Failure | None = None
+    exit_code: int | None = None
+    error: WorkerError | None = None
+
+
+@dataclass
+class FaultLog:
+    """Collects failures by rank and names the first cause.
+
+    Args:
+        identity: tells where a rank runs.
+        log_tail: returns the last lines that a rank printed.
+    """
+
+    identity: Callable[[int], RankIdentity]
+    log_tail: Callable[[int], list[str]]
+    _seen: dict[int, _Seen] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self._seen)
+
+    def raised(self, rank: int, failure: Failure) -> None:
+        """Note that a rank's code raised."""
+        seen = self._of(rank)
+        if seen.failure is None:
+            seen.failure = failure
+
+    def exited(self, rank: int, exit_code: int) -> None:
+        """Note that a rank's process ended; ``exit_code`` as in subprocess."""
+        self._of(rank).exit_code = exit_code
+
+    def failed(self, error: WorkerError) -> None:
+        """Note a failure that the driver itself found."""
+        seen = self._of(error.rank)
+        if seen.error is None:
+            seen.error = error
+
+    def first_cause(self) -> WorkerError:
+        """Return the error of the rank that failed first, with the others' as its consequences."""
+        ordered = sorted(self._seen.items(), key=lambda item: (_severity(item[1]), item[1].order))
+        (rank, seen), *others = ordered
+        consequences = [f"rank {other}: {_one_line(what)}" for other, what in others]
+        return self._error(rank, seen, consequences)
+
+    def _of(self, rank: int) -> _Seen:
+        return self._seen.setdefault(rank, _Seen(order=len(self._seen)))
+
+    def _error(self, rank: int, seen: _Seen, consequences: list[str]) -> WorkerError:
+        if seen.error is not None:
+            seen.error.consequences = (*seen.error.consequences, *consequences)
+            return seen.error
+        where = self.identity(rank)
+        facts: dict[str, Any] = {
+            "rank": rank,
+            "host": where.host,
+            "pid": where.pid,
+            "log_tail": self.log_tail(rank),
+            "consequences": consequences,
+        }
+        if seen.failure is not None:
+            failure = seen.failure
+            return WorkerRaisedError(
+                f"raised {failure.exception_type} in its {failure.phase}: {failure.message}",
+                remote_traceback=failure.traceback,
+                exception_type=failure.exception_type,
+                step_id=failure.step_id if failure.step_id >= 0 else None,
+                **facts,
+            )
+        assert seen.exit_code is not None
+        return WorkerExitedError(exit_code=seen.exit_code, step_id=where.step_id, **facts)
+
+
+def _severity(seen: _Seen) -> int:
+    if seen.error is not None:
+        return 3
+    if seen.failure is None:
+        return 0
+    assert seen.failure is not None
+    return 2 if _PEER_LOSS.search(seen.failure.message) else 1
+
+
+def _one_line(seen: _Seen) -> str:
+    if seen.failure is not None:
+        message = seen.failure.message.strip().splitlines() or [""]
+        return f"raised {seen.failure.exception_type}: {message[0][:200]}"
+    if seen.error is not None:
+        return str(seen.error.args[0])
+    assert seen.exit_code is not None
+    return describe_exit(seen.exit_code)

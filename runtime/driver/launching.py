@@ -1,0 +1,198 @@
+"""``zspmd.launch``: from what a user says to a worker group that is ready to be entered."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ...config import Deadlines, ParallelConfig
+from ...errors import ConfigError, TopologyError
+from ..launch.devices import detect_devices
+from ..launch.launch_id import check_launch_id, generate_launch_id
+
+if TYPE_CHECKING:
+    from .group import WorkerGroup
+
+MAX_WINDOW = 256
+COMMUNICATORS = ("auto", "shm", "gloo", "nccl")
+START_METHODS = ("fork", "spawn")
+OnLog = Callable[[int, str, str], None]
+OnProgress = Callable[[int, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Everything that a worker group needs to know before it starts; made by ``launch``."""
+
+    worker: str
+    main_path: str
+    worker_args: Mapping[str, Any]
+    parallel: ParallelConfig
+    output_ranks: tuple[int, ...]
+    window: int
+    launch_id: str
+    devices: tuple[str, ...]
+    deadlines: Deadlines = field(default_factory=Deadlines)
+    log_dir: str | None = None
+    preload: tuple[str, ...] = ()
+    start_method: str = "fork"
+    communicator: str = "auto"
+    on_log: OnLog | None = None
+    on_progress: OnProgress | None = None
+
+
+def launch(
+    worker: type | str,
+    *,
+    world_size: int | None = None,
+    parallel: ParallelConfig | None = None,
+    worker_args: Mapping[str, Any] | None = None,
+    output_ranks: Sequence[int] | str = (0,),
+    window: int = 4,
+    launch_id: str | None = None,
+    devices: str | Sequence[str] = "auto",
+    deadlines: Deadlines | None = None,
+    log_dir: str | None = None,
+    preload: Sequence[str] = ("torch",),
+    start_method: str = "fork",
+    communicator: str = "auto",
+    on_log: OnLog | None = None,
+    on_progress: OnProgress | None = None,
+) -> WorkerGroup:
+    """Return a worker group; ``async with`` it to start the ranks and to end them.
+
+    Args:
+        worker: a ``zspmd.Worker`` subclass that ranks can import, or its ``"module:qualname"``; one in the main script works too.
+        world_size: number of ranks; all of them on the tp axis unless ``parallel`` says otherwise.
+        parallel: sizes of the mesh axes; their product is the world size.
+        worker_args: keyword arguments of ``Worker.setup``; plain values, arrays and tensors.
+        output_ranks: the ranks whose ``step`` results come back, or "all".
+        window: steps and calls that may be in flight; bounds memory on both sides.
+        launch_id: a name for this launch, unique on the host while it lives; made up if None.
+        devices: "auto", "cpu", "cuda", or one device a rank, such as "cuda:2,cuda:3".
+        deadlines: how long each wait may last.
+        log_dir: a directory for each rank's raw output; None keeps only the last lines.
+        preload: modules imported once before the ranks are forked; leave torch out for workers that do not use it.
+        start_method: "fork" (milliseconds a rank) or "spawn" (a fresh interpreter each, for libraries that cannot be forked).
+        communicator: backend of the collectives: "shm" (CPUs of one machine), "gloo" (CPUs), "nccl" (GPUs), or "auto".
+        on_log: called with (rank, stream, line) for each line a rank prints; None prints it to stderr with the rank before it.
+        on_progress: called with (rank, done, total, what) as ranks report the progress of their set-up.
+
+    Raises:
+        ConfigError, TopologyError: an argument out of its range; nothing was started.
+    """
+    from .group import WorkerGroup
+
+    sizes = _parallel(world_size, parallel)
+    reference, main_path = worker_reference(worker)
+    if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
+        raise ConfigError(f"window is {window!r}; it must be a whole number from 1 to {MAX_WINDOW}")
+    _check_choice("start_method", start_method, START_METHODS)
+    places = detect_devices(devices, sizes.world_size)
+    return WorkerGroup(
+        GroupConfig(
+            worker=reference,
+            main_path=main_path,
+            worker_args=dict(worker_args or {}),
+            parallel=sizes,
+            output_ranks=check_ranks("output_ranks", output_ranks, sizes.world_size),
+            window=window,
+            launch_id=generate_launch_id() if launch_id is None else check_launch_id(launch_id),
+            devices=tuple(places),
+            deadlines=deadlines or Deadlines(),
+            log_dir=None if log_dir is None else os.path.abspath(log_dir),
+            preload=tuple(preload),
+            start_method=start_method,
+            communicator=choose_communicator(communicator, places),
+            on_log=on_log,
+            on_progress=on_progress,
+        )
+    )
+
+
+def worker_reference(worker: type | str) -> tuple[str, str]:
+    """Return ``module:qualname`` of a worker class and, for one of the main script, the script's path (else "").
+
+    Raises:
+        ConfigError: a class that no other process could import.
+    """
+    if isinstance(worker, str):
+        module, _, qualname = worker.partition(":")
+        if not module or not qualname:
+            raise ConfigError(f"worker is {worker!r}; write it as 'module:ClassName'")
+    elif isinstance(worker, type):
+        module, qualname = worker.__module__, worker.__qualname__
+        if "<locals>" in qualname:
+            raise ConfigError(f"worker {qualname} is defined inside a function; move it to the top level of a module")
+    else:
+        raise ConfigError(f"worker is {worker!r}; give a zspmd.Worker subclass or 'module:ClassName'")
+    if module != "__main__":
+        return f"{module}:{qualname}", ""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    if path is None:
+        raise ConfigError(f"worker {qualname} is defined at a prompt, where ranks cannot import it; put it into a file")
+    return f"{module}:{qualname}", str(path)
+
+
+def check_ranks(name: str, ranks: Sequence[int] | str, world_size: int) -> tuple[int, ...]:
+    """Return ranks as a tuple without repeats; "all" stands for every rank.
+
+    Raises:
+        TopologyError: none, a repeat, or one outside the world.
+    """
+    if isinstance(ranks, str):
+        if ranks != "all":
+            raise TopologyError(f"{name} is {ranks!r}; give a list of ranks or 'all'")
+        return tuple(range(world_size))
+    chosen = tuple(ranks)
+    if not chosen or len(set(chosen)) != len(chosen) or not all(type(r) is int and 0 <= r < world_size for r in chosen):
+        raise TopologyError(f"{name} is {list(chosen)}; it must name one or more different ranks from 0 to {world_size - 1}")
+    return chosen
+
+
+def choose_communicator(name: str, devices: Sequence[str]) -> str:
+    """Return the backend of the collectives that every rank of a launch uses: the one asked for, or the fastest that fits.
+
+    Raises:
+        ConfigError: no such backend, or not on this machine.
+        TopologyError: the backend cannot serve these devices, or they are of two kinds.
+    """
+    _check_choice("communicator", name, COMMUNICATORS)
+    kinds = {device.partition(":")[0] for device in devices}
+    if len(kinds) > 1:
+        raise TopologyError(f"devices are {', '.join(devices)}: no collective spans CPUs and GPUs; give all ranks the same kind")
+    on_gpus = kinds == {"cuda"}
+    if name != "auto":
+        if on_gpus != (name == "nccl"):
+            raise TopologyError(f"communicator {name!r} does not serve {devices[0]!r}; on GPUs use nccl, on CPUs shm or gloo")
+        if name == "shm" and not _keeps_store_order():
+            raise ConfigError(f"communicator 'shm' needs an x86-64 processor, this is {platform.machine()}; use gloo")
+        return name
+    if on_gpus:
+        return "nccl"
+    return "shm" if _keeps_store_order() else "gloo"
+
+
+def _keeps_store_order() -> bool:
+    """Whether stores of one core become visible to others in program order, on which shared-memory collectives rely."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _parallel(world_size: int | None, parallel: ParallelConfig | None) -> ParallelConfig:
+    if parallel is None:
+        return ParallelConfig(tp=1 if world_size is None else world_size)
+    if world_size is not None and world_size != parallel.world_size:
+        raise TopologyError(
+            f"world_size is {world_size}, but dp {parallel.dp} x pp {parallel.pp} x tp {parallel.tp} makes {parallel.world_size}; "
+            "leave world_size out or make them agree"
+        )
+    return parallel

@@ -1,0 +1,99 @@
+"""An answer that is on its way: one object for a step or call, counted down by the ranks that answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+
+class PendingReply:
+    """Await it for the list of the ranks' answers, in the order of ``ranks``. Cancelling an await loses nothing.
+
+    Attributes:
+        seq: the frame that asked.
+        step_id: the step, or None for a call.
+        ranks: who answers.
+        has_raised: whether an await got the error.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, seq: int, step_id: int | None, ranks: Sequence[int], *, published_at: float
+    ) -> None:
+        self.seq = seq
+        self.step_id = step_id
+        self.ranks = ranks
+        self.published_at = published_at
+        self._loop = loop
+        self._answers: dict[int, Any] = {}
+        self._error: BaseException | None = None
+        self._is_done = False
+        self.has_raised = False
+        self._waiters: list[asyncio.Future[None]] = []
+        self._callbacks: list[Callable[[], None]] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether an await would return or raise at once."""
+        return self._is_done
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks that have not answered."""
+        return [rank for rank in self.ranks if rank not in self._answers]
+
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        if not self._is_done:
+            yield from self.wait_done()
+        if self._error is not None:
+            self.has_raised = True
+            raise self._error.with_traceback(None)  # one error for many awaits: each begins its own traceback
+        return [self._answers[rank] for rank in self.ranks]
+
+    def wait_done(self) -> asyncio.Future[None]:
+        """Return a future for the end, whichever it is; it never raises."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        if self._is_done:
+            waiter.set_result(None)
+        else:
+            self._waiters.append(waiter)
+        return waiter
+
+    def add_done_callback(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called at the end, whichever it is; at once if that has been."""
+        if self._is_done:
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+    def expire_after(self, timeout_s: float, make_error: Callable[[PendingReply], BaseException]) -> None:
+        """Fail with what ``make_error`` returns unless all answers are there in time."""
+        self._timer = self._loop.call_later(timeout_s, lambda: self.fail(make_error(self)))
+
+    def answer(self, rank: int, value: Any) -> bool:
+        """Take one rank's answer; returns whether it was the last. Answers after the end are dropped."""
+        if self._is_done:
+            return False
+        self._answers[rank] = value
+        if len(self._answers) < len(self.ranks):
+            return False
+        self._finish()
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error; the first end counts."""
+        if not self._is_done:
+            self._error = error
+            self._finish()
+
+    def _finish(self) -> None:
+        self._is_done = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
+        for callback in self._callbacks:
+            callback()

@@ -1,0 +1,224 @@
+"""What a worker group owns while it lives: run directory, port, sockets, and the supervisor of its processes.
+
+Start-up, in which no step can be lost: bind -> start the agent -> each rank says hello and is welcomed -> each subscribes, its own
+topic last -> when all have, the group publishes SYNC -> each rank answers it once its set-up is done.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from ...errors import LaunchError, PeerLostError, ReadyTimeoutError
+from ...transport.codec import ValueEncoder
+from ...transport.frames import Buffer, ResultFrame, StepKind
+from ...transport.reader import SocketReader
+from ...transport.records import Bootstrap, Welcome
+from ...transport.schema import pack_record
+from ...transport.sockets import ControlServer, ResultCollector, StepPublisher
+from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, RankStarted, Start
+from ..launch.plan import plan_local
+from ..launch.ports import reserve_port
+from ..launch.run_directory import RunDirectory
+from ..launch.supervisor import AgentLost, Event, NodeSupervisor
+from .control import ControlHub, RankRecord
+from .launching import GroupConfig
+from .reports import RankReports
+
+LOG_TAIL_LINES = 40
+
+
+class GroupProcesses:
+    """The processes and sockets of one launch. ``start`` opens them, ``stop`` ends the processes, ``close`` removes the rest.
+
+    Calls back ``on_subscribed`` once every rank listens, ``on_result`` for each answer, ``on_exit`` with (rank, exit code) for each
+    ended rank, and ``on_error`` for what is no rank's doing.
+    """
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        *,
+        on_subscribed: Callable[[], None],
+        on_result: Callable[[ResultFrame], None],
+        on_exit: Callable[[int, int], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self._config = config
+        self._on_subscribed = on_subscribed
+        self._on_result = on_result
+        self._on_exit = on_exit
+        self._on_error = on_error
+        self._epoch = secrets.randbits(32)
+        self._token = secrets.token_bytes(32)
+        self._subscribed: set[int] = set()
+        self._log_tails = [deque[str](maxlen=LOG_TAIL_LINES) for _ in range(config.parallel.world_size)]
+        self.reports = RankReports(lambda: self.control.ranks, self.log_tail)
+        self._cleanups: list[Callable[[], object]] = []
+        self._supervisor: NodeSupervisor | None = None
+        self.is_open = False  # whether the sockets were made; it stays so after close
+
+    async def start(self) -> None:
+        """Bind, then start the agent, which starts the ranks; returns once each has a process.
+
+        Raises:
+            EndpointInUseError: a live launch has this launch id.
+            LaunchError: a rank could not be started.
+            TypeError, ValueError: something in ``worker_args`` may not travel.
+        """
+        config = self._config
+        self._worker_args = ValueEncoder().encode(dict(config.worker_args))
+        self.run_directory = RunDirectory.create(config.launch_id)
+        self._cleanups.append(self.run_directory.remove)
+        port = reserve_port(config.launch_id, "master")
+        self._cleanups.append(port.close)
+        self._open_sockets()
+        plan = plan_local(
+            launch_id=config.launch_id,
+            world_size=config.parallel.world_size,
+            master_port=port.port,
+            run_directory=str(self.run_directory.path),
+            devices=config.devices,
+        )
+        bootstrap = Bootstrap(launch_id=config.launch_id, control_endpoint=self.run_directory.endpoint("control"), token=self._token)
+        secret = pack_record(bootstrap)
+        self._supervisor = NodeSupervisor(
+            Start(
+                ranks=tuple(RankStart(r.rank, plan.rank_environment(r.rank), secret) for r in plan.ranks),
+                start_method=config.start_method,
+                argv=(sys.executable, "-m", "zspmd.workers.main"),
+                preload=("zspmd.workers.main", *config.preload),
+                cwd=os.getcwd(),
+                sys_path=tuple(sys.path),
+                log_dir=config.log_dir,
+                kill_s=config.deadlines.kill_s,
+            ),
+            self._on_event,
+            run_directory=self.run_directory,
+        )
+        await self._supervisor.start(config.deadlines.ready_s)
+
+    async def stop(self, *, grace_s: float) -> None:
+        """End the ranks within ``grace_s`` and twice ``deadlines.kill_s``; works half-started."""
+        if self._supervisor is not None:
+            await self._supervisor.stop(grace_s, self._config.deadlines.kill_s)
+            self._result_reader.drain()  # what a rank said last
+
+    def kill_nowait(self) -> None:
+        """Have every rank ended at once; ``stop`` waits for it."""
+        if self._supervisor is not None:
+            self._supervisor.kill_nowait()
+
+    def close(self) -> None:
+        """Close the sockets and remove the run directory; the processes must have ended."""
+        while self._cleanups:
+            self._cleanups.pop()()
+
+    def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
+        """Publish one frame to every rank; raises as ``StepPublisher.publish``."""
+        seq = self.publisher.publish(kind, body, buffers)
+        self._subscription_reader.poke()
+        return seq
+
+    def log_tail(self, rank: int) -> list[str]:
+        """Return the last lines that a rank printed."""
+        return list(self._log_tails[rank])
+
+    def not_ready(self, missing: Sequence[int] | None) -> ReadyTimeoutError:
+        """Return the error that says how far each of the missing ranks got; None stands for those that have not subscribed."""
+        late = [r for r in range(self._config.parallel.world_size) if r not in self._subscribed] if missing is None else missing
+        listed = "; ".join(f"rank {rank} {self.reports.progress(rank, has_subscribed=rank in self._subscribed)}" for rank in late)
+        limit = self._config.deadlines.ready_s
+        return ReadyTimeoutError(f"not ready within {limit:g} s: {listed}; raise Deadlines.ready_s if they only need longer", missing=late)
+
+    def _open_sockets(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._cleanups.append(context.term)
+        self.publisher = StepPublisher(context, self.run_directory.endpoint("step"), epoch=self._epoch)
+        self._cleanups.append(self.publisher.close)
+        self.collector = ResultCollector(context, self.run_directory.endpoint("result"), epoch=self._epoch)
+        self._cleanups.append(self.collector.close)
+        self.control = ControlHub(
+            ControlServer(context, self.run_directory.endpoint("control")),
+            token=self._token,
+            world_size=self._config.parallel.world_size,
+            on_hello=self._welcome,
+            on_progress=self._report_progress,
+            on_error=self._on_error,
+        )
+        self._cleanups.append(self.control.close)
+        self._subscription_reader = SocketReader(self.control.loop, self.publisher.socket, self._read_subscription, self._on_error)
+        self._cleanups.append(self._subscription_reader.close)
+        self._result_reader = SocketReader(self.control.loop, self.collector.socket, self._read_result, self._on_error)
+        self._cleanups.append(self._result_reader.close)
+        self.is_open = True
+
+    def _read_result(self) -> None:
+        frame = self.collector.receive()
+        if frame is not None:
+            self._on_result(frame)
+
+    def _read_subscription(self) -> None:
+        change = self.publisher.read_subscription()
+        if change is None:
+            return
+        rank, has_joined = change
+        if not has_joined:
+            return  # its process ended or is about to: the agent tells how
+        was_complete = len(self._subscribed) == self._config.parallel.world_size
+        self._subscribed.add(rank)
+        if not was_complete and len(self._subscribed) == self._config.parallel.world_size:
+            self._on_subscribed()
+
+    def _welcome(self, rank: RankRecord) -> None:
+        config = self._config
+        welcome = Welcome(
+            epoch=self._epoch,
+            step_endpoint=self.run_directory.endpoint("step"),
+            result_endpoint=self.run_directory.endpoint("result"),
+            worker=config.worker,
+            main_path=config.main_path,
+            output_ranks=config.output_ranks,
+            tp=config.parallel.tp,
+            pp=config.parallel.pp,
+            dp=config.parallel.dp,
+            ep=config.parallel.ep,
+            device=config.devices[rank.rank],
+            communicator=config.communicator,
+            beat_s=config.deadlines.beat_s,
+            collective_s=config.deadlines.collective_s,
+        )
+        assert rank.connection is not None
+        self.control.send(rank.connection, welcome, *self._worker_args)
+
+    def _report_progress(self, rank: RankRecord) -> None:
+        if self._config.on_progress is not None and rank.progress is not None:
+            self._config.on_progress(rank.rank, rank.progress.done, rank.progress.total, rank.progress.what)
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, RankLog):
+            self._log_tails[event.rank].extend(event.lines)
+            for line in event.lines:
+                self._log(event.rank, event.stream, line)
+        elif isinstance(event, RankExited):
+            self._result_reader.drain()  # an error that the rank sent before it ended comes first
+            self._on_exit(event.rank, event.exit_code)
+        elif isinstance(event, RankStarted):
+            self.control.ranks[event.rank].pid = event.pid
+        elif isinstance(event, AgentLost):
+            self._on_error(PeerLostError(f"the agent that supervises the ranks is gone: {event.reason}"))
+        elif isinstance(event, AgentGone) and event.left:
+            self._on_error(LaunchError(f"pids {', '.join(map(str, event.left))} did not end even after SIGKILL; see their state in /proc"))
+        elif isinstance(event, AgentWarning):
+            print(f"zspmd: {self._config.launch_id}: {event.reason}", file=sys.stderr)
+
+    def _log(self, rank: int, stream: str, line: str) -> None:
+        if self._config.on_log is not None:
+            self._config.on_log(rank, stream, line)
+        else:
+            print(f"[rank {rank}] {line}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Requests, their schedule and their text; the first user of the worker group."""

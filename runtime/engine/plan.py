@@ -1,0 +1,89 @@
+"""A step in the making, the step that comes of it, and what it brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ...transport.batch import BatchStep, SlotAdd
+from .request import Sequence
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduledStep:
+    """A step to publish, and what the scheduler must remember of it until its tokens are back.
+
+    Attributes:
+        batch: for the ranks.
+        sampled: the sequence of each row that is sampled, in row order: chunks, then decodes.
+        num_tokens: tokens that the step computes.
+    """
+
+    batch: BatchStep
+    sampled: tuple[Sequence, ...]
+    num_tokens: int
+
+
+class Update(NamedTuple):
+    """What a step brought to one sequence; ``finish_reason`` is None while it goes on."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+@dataclass
+class StepPlan:
+    """Rows and deltas of one step, collected in the order of the batch; ``budget`` is how many tokens it can still take."""
+
+    budget: int
+    adds: list[SlotAdd] = field(default_factory=list)
+    block_slots: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    chunks: list[tuple[Sequence, int]] = field(default_factory=list)
+    chunk_samples: list[Sequence] = field(default_factory=list)
+    decodes: list[Sequence] = field(default_factory=list)
+
+    def append_block(self, slot: int, block: int) -> None:
+        self.block_slots.append(slot)
+        self.block_ids.append(block)
+
+    def build(self, deletes: list[int], decode_slots: list[int] | None) -> ScheduledStep:
+        """Return the step; ``decode_slots`` None stands for those of the step before."""
+        batch = BatchStep(
+            deletes=tuple(deletes),
+            adds=tuple(self.adds),
+            block_slots=np.array(self.block_slots, np.uint16),
+            block_ids=np.array(self.block_ids, np.uint32),
+            chunk_slots=np.array([sequence.slot for sequence, _ in self.chunks], np.uint16),
+            chunk_tokens=np.array([count for _, count in self.chunks], np.uint32),
+            decode_slots=None if decode_slots is None else np.array(decode_slots, np.uint16),
+        )
+        num_tokens = len(self.decodes) + sum(count for _, count in self.chunks)
+        return ScheduledStep(batch, (*self.chunk_samples, *self.decodes), num_tokens)
+
+
+def build_slot_add(sequence: Sequence, eos_token_ids: frozenset[int]) -> SlotAdd:
+    """Return what a rank must know of a sequence that joins the batch: every token known so far, its blocks, its parameters."""
+    params = sequence.params
+    end_token_ids = sorted(eos_token_ids.union(params.stop_token_ids)) if params.min_tokens else []
+    return SlotAdd(
+        slot=sequence.slot,
+        tokens=sequence.token_ids(),
+        num_prompt=sequence.num_prompt,
+        num_computed=sequence.num_computed,
+        blocks=np.array(sequence.blocks, np.uint32),
+        seed=sequence.seed,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+        min_tokens=params.min_tokens,
+        end_token_ids=np.array(end_token_ids, np.int32),
+    )

@@ -1,0 +1,350 @@
+"""Picks sequences and tokens for the next step: plain Python, no I/O; events in, decisions out.
+
+    add ---> waiting --admit--> running --finish--> gone        oldest first everywhere: the running sequences are always the
+                ^___preempt_______|                             oldest ones, and the newest of them gives way
+
+The driver runs ahead: ``schedule`` may be called for step k+1 before ``apply`` has seen the tokens of step k, since each rank
+appends the tokens that it samples. The counters of a sequence run ahead with it. What is found out late costs one discarded row:
+a sequence that ``apply`` finishes may have rows in steps already published. Their tokens are dropped (the ``Sequence`` object is
+finished and never returns, whatever happens to its slot), and its slot and blocks can be given to the very next step, which every
+rank runs after those.
+
+At most one running sequence has prompt left to compute, the newest: nobody is admitted behind an unfinished prompt, since that
+has taken the rest of the step's budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import numpy.typing as npt
+
+from ...config import EngineConfig
+from ...errors import InternalError, RequestError
+from .blocks import BlockPool
+from .plan import ScheduledStep, StepPlan, Update, build_slot_add
+from .request import NO_SLOT, Sequence, SequenceState
+from .statistics import SchedulerStatistics
+
+
+class Scheduler:
+    """Continuous batching over the slots and KV blocks of the ranks.
+
+    Args:
+        config: sizes; its ``max_model_len`` and ``num_blocks`` are superseded by the next two.
+        num_blocks: blocks on each rank, block 0 (padding) included.
+        max_model_len: prompt and output tokens of a sequence.
+        eos_token_ids: the model's end-of-sequence tokens.
+
+    Raises:
+        ConfigError: fewer than 2 blocks.
+    """
+
+    def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int, eos_token_ids: Collection[int]) -> None:
+        self._config = config
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_cache)
+        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: dict[str, Sequence] = {}
+        self._prefilling: Sequence | None = None
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._deletes: list[int] = []
+        self._last_decode: list[int] = []
+        self._in_flight: deque[ScheduledStep] = deque()
+        self._ages = itertools.count()
+        self._totals: Counter[str] = Counter()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def has_work(self) -> bool:
+        """Whether a sequence is unfinished or a step has not been applied."""
+        return bool(self._running or self._waiting or self._in_flight)
+
+    def add(self, *sequences: Sequence) -> None:
+        """Queue the sequences of one request; all of them or, with an error, none.
+
+        Raises:
+            RequestError: a sequence that can never run, or a full queue.
+        """
+        if len(self._waiting) >= self._config.max_waiting:
+            limit = f"{len(self._waiting)} sequences are waiting, the limit max_waiting is {self._config.max_waiting}"
+            raise RequestError(f"{limit}: send the request again later", request_id=sequences[0].request_id)
+        limits = [self._check_fits(sequence) for sequence in sequences]
+        for sequence, limit_tokens in zip(sequences, limits):
+            if sequence.sequence_id in self._waiting or sequence.sequence_id in self._running:
+                raise InternalError(f"sequence {sequence.sequence_id} was added twice")
+            sequence.max_num_tokens = limit_tokens
+            sequence.age = next(self._ages)
+            self._waiting[sequence.sequence_id] = sequence
+
+    def abort(self, sequence_id: str) -> bool:
+        """End a sequence with the reason "abort"; False if it has finished already."""
+        return self.finish(sequence_id, "abort")
+
+    def finish(self, sequence_id: str, reason: str, stop_reason: int | str | None = None) -> bool:
+        """End a sequence from outside, as for a stop text; False if it has finished already. Its later tokens are dropped."""
+        sequence = self._running.get(sequence_id) or self._waiting.get(sequence_id)
+        if sequence is None:
+            return False
+        self._finish(sequence, reason, stop_reason)
+        return True
+
+    def schedule(self) -> ScheduledStep | None:
+        """Decide the next step, which must be published; None if nothing can run until a step in flight has been applied."""
+        plan = StepPlan(self._config.max_num_batched_tokens)
+        self._plan_decodes(plan)
+        if self._prefilling is not None:
+            self._plan_chunk(plan, self._prefilling)
+        self._admit_waiting(plan)
+        if not plan.chunks and not plan.decodes:
+            return None
+        if self._config.enable_prefix_cache:
+            for sequence, _ in plan.chunks:
+                self._register_full_blocks(sequence)
+        decode_slots = [sequence.slot for sequence in plan.decodes]
+        step = plan.build(self._deletes, None if decode_slots == self._last_decode else decode_slots)
+        self._deletes.clear()
+        self._last_decode = decode_slots
+        self._in_flight.append(step)
+        self._totals["computed"] += step.num_tokens
+        return step
+
+    def apply(self, step: ScheduledStep, token_ids: SequenceOf[int] | npt.NDArray[np.integer]) -> list[Update]:
+        """Take in the tokens of the oldest step in flight.
+
+        Args:
+            step: as ``schedule`` returned it.
+            token_ids: one for each of ``step.sampled``.
+
+        Returns:
+            The sequences that gained a token, in row order; those that had finished meanwhile are left out.
+
+        Raises:
+            InternalError: a step out of turn, or a wrong number of tokens.
+        """
+        if not self._in_flight or self._in_flight[0] is not step:
+            raise InternalError("a step was applied out of turn; steps are applied once, in the order in which they were scheduled")
+        if len(token_ids) != len(step.sampled):
+            raise InternalError(f"a step that samples {len(step.sampled)} rows came back with {len(token_ids)} tokens")
+        self._in_flight.popleft()
+        tokens = token_ids.tolist() if isinstance(token_ids, np.ndarray) else token_ids
+        updates = [
+            Update(sequence, [token], self._take_token(sequence, token))
+            for sequence, token in zip(step.sampled, tokens)
+            if sequence.state is not SequenceState.FINISHED
+        ]
+        self._totals["generated"] += len(updates)
+        self._totals["discarded"] += len(tokens) - len(updates)
+        return updates
+
+    def statistics(self) -> SchedulerStatistics:
+        return SchedulerStatistics(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_steps_in_flight=len(self._in_flight),
+            num_blocks=self._pool.num_usable,
+            num_free_blocks=self._pool.num_free,
+            num_cached_blocks=self._pool.num_cached,
+            num_prefix_queries=self._totals["prefix_queries"],
+            num_prefix_hits=self._totals["prefix_hits"],
+            num_preemptions=self._totals["preemptions"],
+            num_computed_tokens=self._totals["computed"],
+            num_generated_tokens=self._totals["generated"],
+            num_discarded=self._totals["discarded"],
+        )
+
+    def validate(self) -> None:
+        """Check that slots, blocks, queues and counters agree.
+
+        Raises:
+            InternalError: what does not.
+        """
+        running, waiting = list(self._running.values()), list(self._waiting.values())
+        self._pool.validate(sequence.blocks for sequence in running)
+        slots = [sequence.slot for sequence in running] + self._free_slots
+        _require(sorted(slots) == list(range(self._config.max_num_seqs)), f"slots {slots} are not each held or free once")
+        _require(self._prefilling is None or self._prefilling is running[-1], "a prompt is unfinished, and not the newest one's")
+        ages = [sequence.age for sequence in (*running, *waiting)]
+        _require(ages == sorted(ages), f"running and waiting sequences are out of order: {ages}")
+        in_flight = Counter(id(sequence) for step in self._in_flight for sequence in step.sampled)
+        for sequence in (*running, *waiting):
+            name, counted = sequence.sequence_id, in_flight[id(sequence)]
+            _require(sequence.num_in_flight == counted, f"{name} counts {sequence.num_in_flight} tokens in flight, not {counted}")
+            _require(sequence.num_tokens <= sequence.max_num_tokens, f"{name} grew beyond {sequence.max_num_tokens} tokens")
+            _require(sequence.num_computed < sequence.num_tokens, f"{name} computed a token that nobody has sampled")
+            _require(self._blocks_for(sequence.num_computed) <= len(sequence.blocks), f"{name} computed tokens beyond its blocks")
+        for sequence in waiting:
+            idle = sequence.slot == NO_SLOT and not sequence.blocks and not sequence.num_computed
+            _require(idle, f"{sequence.sequence_id} waits with slot {sequence.slot} and {len(sequence.blocks)} blocks")
+
+    def _check_fits(self, sequence: Sequence) -> int:
+        """Return the tokens that the sequence may grow to, or say why it can never run."""
+        config, num_prompt = self._config, sequence.num_prompt
+        limit = min(num_prompt + sequence.params.max_tokens, self._max_model_len)
+        if num_prompt >= self._max_model_len:
+            problem = f"the prompt has {num_prompt} tokens, and max_model_len {self._max_model_len} must hold one more: shorten it"
+        elif not config.enable_chunked_prefill and num_prompt > config.max_num_batched_tokens:
+            problem = (
+                f"the prompt has {num_prompt} tokens, and without chunked prefill a step takes {config.max_num_batched_tokens}: "
+                "shorten it, raise max_num_batched_tokens or set enable_chunked_prefill"
+            )
+        elif self._blocks_for(limit - 1) > self._pool.num_usable:  # the last token is never computed
+            room = self._pool.num_usable * config.block_size
+            problem = f"{limit - 1} tokens need KV where all blocks hold {room}: lower max_tokens, shorten the prompt or raise num_blocks"
+        else:
+            return limit
+        raise RequestError(problem, request_id=sequence.request_id)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        """One token for each running sequence past its prompt, while the tokens in flight leave it room to grow."""
+        block_size = self._config.block_size
+        for sequence in list(self._running.values()):
+            if sequence.state is not SequenceState.RUNNING:
+                break  # preempted by an older one just now, as are all that follow
+            if sequence is self._prefilling or sequence.num_tokens >= sequence.max_num_tokens:
+                continue
+            if sequence.num_computed == len(sequence.blocks) * block_size and not self._grow(plan, sequence):
+                break
+            sequence.num_computed += 1
+            sequence.num_tokens += 1
+            plan.decodes.append(sequence)
+        plan.budget -= len(plan.decodes)
+
+    def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Give a sequence its next block, at the cost of newer ones where none is free; False if it had to give way itself."""
+        while not self._pool.num_free:
+            assert len(self._running) > 1, "one sequence alone does not fit, although add() checked it"
+            victim = self._newest()
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        block = self._pool.allocate(1)[0]
+        sequence.blocks.append(block)
+        plan.append_block(sequence.slot, block)
+        return True
+
+    def _newest(self) -> Sequence:
+        return next(reversed(self._running.values()))
+
+    def _plan_chunk(self, plan: StepPlan, sequence: Sequence) -> None:
+        """As much of a prompt as the budget allows; its blocks were allocated at admission."""
+        count = min(sequence.num_tokens - sequence.num_computed, plan.budget)
+        plan.chunks.append((sequence, count))
+        plan.budget -= count
+        sequence.num_computed += count
+        self._prefilling = sequence
+        if sequence.num_computed == sequence.num_tokens:
+            sequence.num_tokens += 1
+            plan.chunk_samples.append(sequence)
+            self._prefilling = None
+
+    def _admit_waiting(self, plan: StepPlan) -> None:
+        while self._waiting and self._free_slots and plan.budget and self._prefilling is None:
+            sequence = next(iter(self._waiting.values()))
+            # after a preemption its tokens are sent again, so that all of them must be known here
+            if sequence.num_in_flight or not self._admit(plan, sequence):
+                return
+
+    def _admit(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Start a waiting sequence if its known tokens fit, with a block left for each running one to grow.
+
+        Without that reserve a newcomer takes the last blocks and is preempted a few steps later: of 300 requests over 400 blocks,
+        232 were, where 49 are with it, and 30 % more tokens were computed.
+        """
+        config, num_tokens = self._config, sequence.num_tokens
+        cached = []
+        if config.enable_prefix_cache:
+            digests = sequence.block_digests(config.block_size)
+            cached = self._pool.match_prefix(digests[: (num_tokens - 1) // config.block_size])
+        num_cached = len(cached) * config.block_size
+        num_new_blocks = self._blocks_for(num_tokens) - len(cached)
+        if num_new_blocks + len(self._running) > self._pool.num_free or not self._may_start(plan, num_tokens - num_cached):
+            self._pool.free(cached)
+            return False
+        del self._waiting[sequence.sequence_id]
+        self._running[sequence.sequence_id] = sequence
+        sequence.state = SequenceState.RUNNING
+        sequence.slot = self._free_slots.pop()
+        sequence.blocks = cached + self._pool.allocate(num_new_blocks)
+        sequence.num_computed = num_cached
+        sequence.register_at = num_cached + config.block_size
+        self._totals["prefix_queries"] += num_tokens
+        self._totals["prefix_hits"] += num_cached
+        plan.adds.append(build_slot_add(sequence, self._eos_token_ids))
+        self._plan_chunk(plan, sequence)
+        return True
+
+    def _may_start(self, plan: StepPlan, num_new: int) -> bool:
+        """Without chunked prefill a prompt waits for a step that takes it whole; one that outgrew every step is chunked all the same."""
+        return self._config.enable_chunked_prefill or num_new <= plan.budget or num_new > self._config.max_num_batched_tokens
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        """Let later steps share the blocks whose tokens are all known, and computed by steps up to the last one published."""
+        block_size = self._config.block_size
+        digests = sequence.block_digests(block_size)
+        complete = min(sequence.num_computed, sequence.num_known)
+        while sequence.register_at <= complete:
+            place = sequence.register_at // block_size - 1
+            self._pool.register(sequence.blocks[place], digests[place])
+            sequence.register_at += block_size
+
+    def _take_token(self, sequence: Sequence, token: int) -> str | None:
+        """Append a token that came back, and finish the sequence if it is the last; returns the reason."""
+        sequence.output_token_ids.append(token)
+        known = sequence.num_known
+        if self._config.enable_prefix_cache and sequence.register_at <= known and sequence.state is SequenceState.RUNNING:
+            self._register_full_blocks(sequence)
+        params = sequence.params
+        if known - sequence.num_prompt > params.min_tokens:
+            if token in self._eos_token_ids and not params.ignore_eos:
+                return self._finish(sequence, "stop")
+            if token in params.stop_token_ids:
+                return self._finish(sequence, "stop", token)
+        if known >= sequence.max_num_tokens:
+            return self._finish(sequence, "length")
+        return None
+
+    def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> str:
+        if sequence.state is SequenceState.RUNNING:
+            self._leave(sequence)
+        else:
+            del self._waiting[sequence.sequence_id]
+        sequence.state = SequenceState.FINISHED
+        sequence.finish_reason = reason
+        sequence.stop_reason = stop_reason
+        return reason
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take everything from a running sequence; it will be computed again, first of those that wait."""
+        self._leave(sequence)
+        sequence.state = SequenceState.PREEMPTED
+        sequence.num_computed = 0
+        self._waiting[sequence.sequence_id] = sequence
+        self._waiting.move_to_end(sequence.sequence_id, last=False)
+        self._totals["preemptions"] += 1
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Give slot and blocks back at once: ranks run steps in order, so that later steps may use them before earlier ones are applied."""
+        del self._running[sequence.sequence_id]
+        if sequence is self._prefilling:
+            self._prefilling = None
+        self._pool.free(sequence.blocks)
+        sequence.blocks = []
+        self._free_slots.append(sequence.slot)
+        self._deletes.append(sequence.slot)
+        sequence.slot = NO_SLOT
+
+
+def _require(claim: bool, message: str) -> None:
+    if not claim:
+        raise InternalError(message)

@@ -1,0 +1,1 @@
+"""What ``zspmd-run`` starts by name."""

@@ -1,0 +1,165 @@
+"""Complete prompts with a model and print the text as it comes; without --model, with the small one that ships with zspmd."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ...config import DTYPES, EngineConfig, SamplingParams
+from ...errors import ConfigError, RequestError
+from ..engine.checkpoint import open_checkpoint
+from ..engine.engine import Engine
+from ..engine.outputs import RequestOutput
+from ..launch.console import RankConsole
+
+if TYPE_CHECKING:
+    from ..launch.cli import LaunchOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the program's arguments."""
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="texts to complete; none reads one a line from standard input")
+    parser.add_argument("--model", default="demo", metavar="DIR", help="a Hugging Face directory (default: the demo model)")
+    parser.add_argument("--chat", action="store_true", help="put each prompt through the model's chat template as a user's message")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of text")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (64)")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest tokens (all)")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest that sum to P (1)")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest (0)")
+    sampling.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (drawn)")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on past the model's end-of-sequence token")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--dtype", default="auto", choices=DTYPES, help="of weights and activations (auto)")
+    engine.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output (the model's)")
+    engine.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="prompts that run at once (64)")
+    engine.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV pool (from free memory)")
+
+
+def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
+    """Check everything that can be checked before a process starts; returns the model's directory."""
+    _sampling_params(arguments)
+    checkpoint = open_checkpoint(arguments.model, options.parallel, _engine_config(arguments))
+    if checkpoint.tokenizer is None:
+        raise ConfigError(f"{checkpoint.directory} has no tokenizer.json, without which there is no text; add one")
+    for prompt in arguments.prompts:
+        if not prompt:
+            raise RequestError("a prompt is empty; give at least one character")
+    return str(checkpoint.directory)
+
+
+async def run(arguments: argparse.Namespace, options: LaunchOptions) -> int:
+    """Complete all prompts at once and print them in order, the first unfinished one as it grows."""
+    prompts = arguments.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ConfigError("no prompt; give one or more as arguments, or one a line on standard input")
+    params = _sampling_params(arguments)
+    started = time.monotonic()
+    with RankConsole(options.parallel.world_size, is_quiet=options.is_quiet) as console:
+        console.say(f"launch {options.launch_id}: starting {options.parallel.world_size} on {', '.join(options.devices)}")
+        engine = Engine(
+            arguments.model,
+            parallel=options.parallel,
+            config=_engine_config(arguments),
+            launch_id=options.launch_id,
+            devices=options.devices,
+            log_dir=options.log_dir,
+            on_log=console.on_log,
+            on_progress=console.on_progress,
+        )
+        async with engine:
+            console.finish_loading()
+            console.say(f"ready after {time.monotonic() - started:.1f} s")
+            started = time.monotonic()
+            completions = [_Completion(engine, prompt, params, is_chat=arguments.chat) for prompt in prompts]
+            try:
+                num_tokens = 0
+                for completion in completions:
+                    output = await (completion.finished() if arguments.json else completion.print_as_it_grows(sys.stdout.write))
+                    num_tokens += len(output.token_ids)
+                    if arguments.json:
+                        print(json.dumps(_as_json(completion.prompt, output), ensure_ascii=False), flush=True)
+            finally:
+                await _cancel([completion.task for completion in completions])
+            elapsed_s = time.monotonic() - started
+            console.say(f"done: {num_tokens} tokens in {elapsed_s:.2f} s")
+    return 0
+
+
+class _Completion:
+    """One prompt on its way: a task keeps the latest output and says when it changes."""
+
+    def __init__(self, engine: Engine, prompt: str, params: SamplingParams, *, is_chat: bool) -> None:
+        self.prompt = prompt
+        self._latest: RequestOutput | None = None
+        self._changed = asyncio.Event()
+        message = [{"role": "user", "content": prompt}] if is_chat else prompt
+        self.task = asyncio.create_task(self._follow(engine, message, params))
+        self.task.add_done_callback(lambda task: self._changed.set())
+
+    async def finished(self) -> RequestOutput:
+        """Wait for the whole output."""
+        await self.task
+        assert self._latest is not None
+        return self._latest
+
+    async def print_as_it_grows(self, write: Callable[[str], object]) -> RequestOutput:
+        """Write the prompt once it has been accepted, then its text as it comes, then the end of the line."""
+        shown = ""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._latest is not None:
+                line = self.prompt + self._latest.text
+                write(line[len(shown) :])
+                sys.stdout.flush()
+                shown = line
+            if self.task.done():
+                output = await self.finished()
+                write("\n")
+                return output
+
+    async def _follow(self, engine: Engine, prompt: Any, params: SamplingParams) -> None:
+        async for output in engine.generate(prompt, params):
+            self._latest = output
+            self._changed.set()
+
+
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
+    """End what still runs; a failure has been raised where its prompt was awaited."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        ignore_eos=arguments.ignore_eos,
+    )
+
+
+def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        max_num_seqs=arguments.max_num_seqs,
+        max_model_len=arguments.max_model_len,
+        num_blocks=arguments.num_blocks,
+        dtype=arguments.dtype,
+    )
+
+
+def _as_json(prompt: str, output: RequestOutput) -> dict[str, Any]:
+    return {"prompt": prompt, "text": output.text, "token_ids": output.token_ids, "finish_reason": output.finish_reason}

@@ -1,0 +1,245 @@
+"""Workers that tests launch by name."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support.polling import block_until
+
+import zspmd
+
+GATE_S = 60.0
+
+
+class Echo(zspmd.Worker):
+    """Answers what it got, with its rank."""
+
+    def setup(self, *, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.num_steps = 0
+
+    def step(self, inputs: Any) -> Any:
+        self.num_steps += 1
+        return {"rank": self.ctx.rank, "inputs": inputs}
+
+    @zspmd.rpc
+    def info(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "rank": self.ctx.rank, "num_steps": self.num_steps, "scale": self.scale}
+
+    @zspmd.rpc
+    def add(self, a: int, b: int = 0) -> int:
+        return a + b
+
+    @zspmd.rpc
+    def fail(self, message: str) -> None:
+        raise ValueError(message)
+
+    def hidden(self) -> str:
+        return "never called"
+
+
+class Reducer(zspmd.Worker):
+    """Sums over the tp axis."""
+
+    def step(self, inputs: Any) -> Any:
+        return self.ctx.mesh["tp"].all_reduce(inputs["x"] * (self.ctx.rank + 1.0))
+
+
+class Troubled(zspmd.Worker):
+    """Fails as its arguments and steps ask for."""
+
+    def setup(self, *, raise_on: int = -1, exit_on: int = -1, stall_on: int = -1) -> None:
+        print(f"rank {self.ctx.rank} sets up", flush=True)
+        if self.ctx.rank == raise_on:
+            raise RuntimeError("set-up goes wrong here")
+        if self.ctx.rank == exit_on:
+            sys.exit(7)
+        if self.ctx.rank == stall_on:
+            time.sleep(3600)
+
+    def step(self, inputs: Any) -> Any:
+        action = inputs.get(self.ctx.rank)
+        if action == "raise":
+            raise RuntimeError("a step goes wrong here")
+        if action == "exit":
+            print("about to leave", flush=True)
+            os._exit(7)
+        if action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if action == "sleep":
+            time.sleep(3600)
+        if inputs.get("reduce"):
+            self.ctx.mesh["tp"].all_reduce(np.ones(1))
+        return action
+
+
+class TorchReducer(zspmd.Worker):
+    """Sums torch tensors on this rank's own device."""
+
+    def step(self, inputs: Any) -> Any:
+        import torch
+
+        ones = torch.full((inputs["size"],), self.ctx.rank + 1.0, device=self.ctx.device)
+        return float(self.ctx.mesh["tp"].all_reduce(ones).sum())
+
+
+class Gate(zspmd.Worker):
+    """Stays in a step or call until a file appears, on the ranks that its input names."""
+
+    def step(self, inputs: Any) -> Any:
+        return self.wait(inputs["path"], inputs["ranks"])
+
+    @zspmd.rpc
+    def wait(self, path: str, ranks: list[int]) -> int:
+        if self.ctx.rank in ranks:
+            block_until(lambda: os.path.exists(path), GATE_S)
+        return self.ctx.rank
+
+    @zspmd.rpc
+    def fail_on(self, ranks: list[int]) -> int:
+        if self.ctx.rank in ranks:
+            raise LookupError(f"rank {self.ctx.rank} fails")
+        return self.ctx.rank
+
+
+class Chatty(zspmd.Worker):
+    """Prints and reports progress in its set-up, and prints in each step."""
+
+    def setup(self, *, lines: int) -> None:
+        for number in range(lines):
+            print(f"line {number}", flush=True)
+        self.ctx.report_progress(1, 2, "weights")
+        self.ctx.report_progress(2, 2, "weights")
+
+    def step(self, inputs: Any) -> Any:
+        print(inputs, file=sys.stderr, flush=True)
+        return None
+
+    def teardown(self) -> None:
+        print("tears down", flush=True)
+
+
+class Types(zspmd.Worker):
+    """Says what arrived, and answers with twice the ``x`` that it got and with itself in bfloat16."""
+
+    def setup(self, *, weight: Any = None) -> None:
+        self.weight = weight
+
+    def step(self, inputs: Any) -> Any:
+        import torch
+
+        x = inputs["x"]
+        return {
+            "type": f"{type(x).__module__}.{type(x).__qualname__}",
+            "dtype": str(x.dtype),
+            "twice": x + x,
+            "bfloat16": torch.ones(3).bfloat16(),
+            "weight": self.weight,
+        }
+
+
+class Collectives(zspmd.Worker):
+    """Does one collective a call and answers with its result; each rank's share follows from its rank."""
+
+    def share(self, kind: str, dtype: str, shape: list[int], layout: str) -> Any:
+        import torch
+
+        rank = self.ctx.rank
+        tensor = (torch.arange(math.prod(shape)).reshape(shape) % 13 + rank).to(getattr(torch, dtype))
+        if layout == "strided":
+            wide = torch.stack([tensor, tensor + 100], dim=-1)
+            tensor = wide[..., 0]
+            assert not tensor.is_contiguous() or tensor.numel() < 2
+        return tensor.numpy() if kind == "numpy" else tensor
+
+    @zspmd.rpc
+    def collective(self, operation: str, axis: str, kind: str, dtype: str, shape: list[int], layout: str, source: int = 0) -> Any:
+        import torch
+
+        communicator = self.ctx.mesh[axis]
+        value = self.share(kind, dtype, shape, layout)
+        result = communicator.broadcast(value, source) if operation == "broadcast" else getattr(communicator, operation)(value)
+        assert (result is value) == (operation != "all_gather")
+        expected_type = torch.Tensor if kind == "torch" else np.ndarray
+        assert isinstance(result, expected_type)
+        return result
+
+    @zspmd.rpc
+    def backend(self, axis: str) -> str:
+        return type(self.ctx.mesh[axis]).__name__
+
+    @zspmd.rpc
+    def refusal(self, kind: str) -> str:
+        """Enter a collective with what none takes; only the message is of interest."""
+        value: Any = [1.0] if kind == "list" else np.frombuffer(bytes(8), np.float64)
+        try:
+            self.ctx.mesh["tp"].all_reduce(value)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return "taken"
+
+    @zspmd.rpc
+    def barrier(self, path: str, late_rank: int) -> bool:
+        """Whether, after a barrier, the file is there that the late rank made before it."""
+        if self.ctx.rank == late_rank:
+            with open(path, "w"):
+                pass
+        self.ctx.mesh["world"].barrier()
+        return os.path.exists(path)
+
+    @zspmd.rpc
+    def repeat(self, count: int) -> float:
+        total = np.zeros(1)
+        for number in range(count):
+            total += self.ctx.mesh["tp"].all_reduce(np.full(1, float(number)))
+        return float(total[0])
+
+
+class StoreUser(zspmd.Worker):
+    """Uses the coordinator's store from several threads at once."""
+
+    @zspmd.rpc
+    def exchange(self, num_threads: int) -> list[bytes]:
+        """Each thread sets its key and waits for that of the next rank's thread."""
+        store, rank, world_size = self.ctx.store, self.ctx.rank, self.ctx.world_size
+
+        def swap(thread: int) -> bytes:
+            store.set(f"{rank}/{thread}", b"%d/%d" % (rank, thread))
+            return store.get(f"{(rank + 1) % world_size}/{thread}")
+
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(swap, range(num_threads)))
+
+    @zspmd.rpc
+    def count(self, times: int) -> list[int]:
+        return [self.ctx.store.add("counter", 1) for _ in range(times)]
+
+    @zspmd.rpc
+    def absent(self) -> list[str]:
+        try:
+            self.ctx.store.wait(["nobody sets this"], timeout_s=0.05)
+        except TimeoutError as error:
+            return [str(error)]
+        return []
+
+
+class Stuck(zspmd.Worker):
+    """Enters a collective in each step, after it has made a file of its pid; the ranks in ``absent`` wait for their end instead."""
+
+    def setup(self, *, directory: str, absent: list[int]) -> None:
+        self.directory, self.absent = directory, absent
+        self.ctx.mesh["world"].barrier()
+
+    def step(self, inputs: Any) -> Any:
+        (Path(self.directory) / f"rank{self.ctx.rank}").write_text(str(os.getpid()))
+        if self.ctx.rank in self.absent:
+            signal.pause()
+        return self.ctx.mesh["world"].all_reduce(np.ones(4))

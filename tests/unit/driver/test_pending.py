@@ -1,0 +1,117 @@
+"""An answer on its way: counted down by ranks, awaited as often as one likes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from zspmd.errors import ClosedError, WorkerStalledError
+from zspmd.runtime.driver.pending import PendingReply
+
+
+def make(ranks: tuple[int, ...] = (2, 0)) -> PendingReply:
+    loop = asyncio.get_running_loop()
+    return PendingReply(loop, 5, 1, ranks, published_at=loop.time())
+
+
+async def started(pending: PendingReply) -> asyncio.Task[list[object]]:
+    """Return a task that is inside its await."""
+
+    async def wait() -> list[object]:
+        return await pending
+
+    task = asyncio.ensure_future(wait())
+    await asyncio.wait([task], timeout=0)
+    assert not task.done()
+    return task
+
+
+async def test_answers_come_in_the_order_of_the_ranks_asked() -> None:
+    pending = make()
+    task = await started(pending)
+    assert not pending.answer(0, "zero")
+    assert (pending.missing, pending.is_done) == ([2], False)
+    assert pending.answer(2, "two")
+    assert (pending.missing, pending.is_done) == ([], True)
+    assert await task == ["two", "zero"]
+
+
+async def test_several_awaits_get_the_same_answers_and_so_does_a_later_one() -> None:
+    pending = make((0,))
+    tasks = [await started(pending) for _ in range(3)]
+    pending.answer(0, 7)
+    assert await asyncio.gather(*tasks) == [[7], [7], [7]]
+    assert await pending == [7]
+
+
+async def test_a_cancelled_await_loses_nothing() -> None:
+    pending = make((0,))
+    task = await started(pending)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    other = await started(pending)
+    pending.answer(0, 7)
+    assert await other == [7]
+    assert await asyncio.wait_for(pending, 1.0) == [7]
+
+
+async def test_an_error_reaches_every_await_and_is_noted() -> None:
+    pending = make()
+    tasks = [await started(pending) for _ in range(2)]
+    assert not pending.has_raised
+    pending.fail(ClosedError("closed"))
+    assert await asyncio.gather(*tasks, return_exceptions=True) == [pending._error] * 2
+    with pytest.raises(ClosedError):
+        await pending
+    assert pending.has_raised
+
+
+async def test_an_error_that_nobody_awaits_is_no_complaint_of_asyncio() -> None:
+    pending = make()
+    pending.fail(ClosedError("closed"))
+    assert not pending.has_raised
+    del pending
+
+
+async def test_what_comes_after_the_end_is_dropped() -> None:
+    pending = make((0,))
+    pending.answer(0, 7)
+    assert not pending.answer(0, 8)
+    pending.fail(ClosedError("closed"))
+    assert await pending == [7]
+
+    pending = make((0,))
+    pending.fail(ClosedError("first"))
+    pending.fail(ClosedError("second"))
+    assert not pending.answer(0, 7)
+    with pytest.raises(ClosedError, match="first"):
+        await pending
+
+
+async def test_it_expires_with_the_ranks_that_have_not_answered() -> None:
+    pending = make((0, 1, 2))
+    pending.answer(1, None)
+    pending.expire_after(0.01, lambda p: WorkerStalledError("late", rank=0, missing=p.missing))
+    with pytest.raises(WorkerStalledError) as caught:
+        await pending
+    assert caught.value.missing == (0, 2)
+
+
+async def test_an_answer_in_time_stops_the_clock() -> None:
+    pending = make((0,))
+    pending.expire_after(0.01, lambda p: WorkerStalledError("late", rank=0))
+    pending.answer(0, 7)
+    assert pending._timer is not None
+    assert pending._timer.cancelled()
+
+
+async def test_wait_done_never_raises() -> None:
+    pending = make((0,))
+    waiting = pending.wait_done()
+    assert not waiting.done()
+    pending.fail(ClosedError("closed"))
+    await waiting
+    await pending.wait_done()
+    assert not pending.has_raised

@@ -1,0 +1,220 @@
+"""What every rank knows of the running batch: slots with their tokens, block tables and sampling parameters.
+
+A ``BatchStep`` names only what changed; applying the same steps in the same order gives the same state on every rank. Everything is a
+NumPy array indexed by slot, so that a step costs the same few array operations whatever the batch.
+
+    tokens      | prompt ............ | generated ..... |          one row a slot
+                ^0        ^num_computed                 ^num_tokens (known)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BadFrameError, InternalError
+from ..transport.batch import BatchStep, SlotAdd
+
+I64Array = npt.NDArray[np.int64]
+I32Array = npt.NDArray[np.int32]
+
+GREEDY_BELOW = 1e-5  # Gumbel noise spans 26, so that below this temperature it decides only between logits closer than 2.6e-4
+
+# The fields of SlotAdd that steer sampling, one record a slot, and what follows from them, so that no step works it out again.
+SAMPLING_DTYPE = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("temperature", np.float64),
+        ("top_k", np.int64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("repetition_penalty", np.float64),
+        ("presence_penalty", np.float64),
+        ("frequency_penalty", np.float64),
+        ("logprobs", np.int64),
+        ("min_tokens", np.int64),
+        ("is_random", np.bool_),  # Gumbel noise is added
+        ("is_whole", np.bool_),  # needs the logits of the whole vocabulary
+        ("is_changed", np.bool_),  # logits depend on the history
+    ],
+    align=True,
+)
+_NUM_DERIVED = 3
+_SAMPLING_FIELDS = (SAMPLING_DTYPE.names or ())[:-_NUM_DERIVED]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The sequences that one step computes: its chunks in order, then its decode slots in order.
+
+    Args:
+        slots: int64 [N].
+        starts: int64 [N], the first position that each computes.
+        num_tokens: int64 [N], how many positions it computes.
+        num_chunks: how many of the N are chunks.
+    """
+
+    slots: I64Array
+    starts: I64Array
+    num_tokens: I64Array
+    num_chunks: int
+
+
+class BatchState:
+    """The batch on one rank.
+
+    Args:
+        max_num_seqs: slots.
+        max_model_len: tokens that a sequence may compute; one more may be known, the last one sampled.
+        block_size: KV positions in a block.
+        num_blocks: blocks of the KV pool, the reserved block 0 included.
+
+    Attributes:
+        is_live: bool [S], whether a sequence holds the slot; the other arrays mean nothing where it is False.
+        tokens: int32 [S, max_model_len + 1]. num_tokens, num_prompt, num_computed: int64 [S].
+        block_table: int64 [S, B], 0 after a slot's last block. block_counts: int64 [S].
+        sampling: records of ``SAMPLING_DTYPE`` [S]. end_token_ids: int32 [e] for each slot.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_blocks: int) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.is_live = np.zeros(max_num_seqs, np.bool_)
+        self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.num_tokens = np.zeros(max_num_seqs, np.int64)
+        self.num_prompt = np.zeros(max_num_seqs, np.int64)
+        self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int64)
+        self.block_counts = np.zeros(max_num_seqs, np.int64)
+        self.sampling = np.zeros(max_num_seqs, SAMPLING_DTYPE)
+        self.end_token_ids: list[I32Array] = [np.empty(0, np.int32)] * max_num_seqs
+        self._decode_slots: I64Array = np.empty(0, np.int64)
+
+    def apply(self, step: BatchStep) -> StepRows:
+        """Apply a step's deltas (deletes, adds, blocks) and return the rows that it computes.
+
+        The state is of no more use after an error: the deltas before it were applied.
+
+        Raises:
+            BadFrameError: a slot or block outside its range, or a chunk of no tokens.
+            InternalError: the step contradicts what earlier steps built; the message names the slot and the numbers.
+        """
+        self._delete(step.deletes)
+        for add in step.adds:
+            self._add(add)
+        if len(step.block_slots):
+            self._append_blocks(step.block_slots.astype(np.int64), step.block_ids.astype(np.int64))
+        if step.decode_slots is not None:
+            self._decode_slots = step.decode_slots.astype(np.int64)
+        return self._select_rows(step.chunk_slots.astype(np.int64), step.chunk_tokens.astype(np.int64), self._decode_slots)
+
+    def mark_computed(self, rows: StepRows) -> None:
+        """Record that the KV of these rows is in the cache now."""
+        self.num_computed[rows.slots] = rows.starts + rows.num_tokens
+
+    def append_sampled(self, slots: I64Array, tokens: I32Array) -> None:
+        """Append one sampled token to each of ``slots`` (int64 [R], no slot twice); ``tokens`` int32 [R].
+
+        Raises:
+            InternalError: a slot is full.
+        """
+        places = self.num_tokens[slots]
+        if (places >= self.tokens.shape[1]).any():
+            slot = slots[places.argmax()]
+            raise InternalError(f"slot {slot} holds {places.max()} tokens; there is no room for the one that it sampled")
+        self.tokens[slots, places] = tokens
+        self.num_tokens[slots] = places + 1
+
+    def _delete(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._check_slots("delete", slot)
+            if not self.is_live[slot]:
+                raise InternalError(f"delete of slot {slot}, which no sequence holds")
+            self.is_live[slot] = False
+
+    def _add(self, add: SlotAdd) -> None:
+        slot, count, num_blocks = add.slot, len(add.tokens), len(add.blocks)
+        self._check_slots("add", slot)
+        if self.is_live[slot]:
+            raise InternalError(f"add to slot {slot}, which a sequence of {self.num_tokens[slot]} tokens still holds")
+        room = self.tokens.shape[1] - 1
+        if not 1 <= add.num_prompt <= count <= room:
+            raise InternalError(f"add to slot {slot}: {add.num_prompt} prompt tokens of {count}, where a slot has room for {room}")
+        if not 0 <= add.num_computed < count or add.num_computed > num_blocks * self.block_size:
+            raise InternalError(
+                f"add to slot {slot}: {add.num_computed} of {count} tokens computed, in {num_blocks} blocks of {self.block_size}"
+            )
+        self.is_live[slot] = True
+        self.tokens[slot, :count] = add.tokens
+        self.num_tokens[slot], self.num_prompt[slot], self.num_computed[slot] = count, add.num_prompt, add.num_computed
+        self.block_table[slot] = 0
+        self.block_counts[slot] = 0
+        self._append_blocks(np.full(num_blocks, slot, np.int64), add.blocks.astype(np.int64))
+        self.sampling[slot] = (*(getattr(add, name) for name in _SAMPLING_FIELDS), *_derive_sampling(add))
+        self.end_token_ids[slot] = add.end_token_ids
+
+    def _append_blocks(self, slots: I64Array, blocks: I64Array) -> None:
+        self._check_slots("block for", slots)
+        if not self.is_live[slots].all():
+            raise InternalError(f"block for slot {slots[~self.is_live[slots]][0]}, which no sequence holds")
+        if ((blocks < 1) | (blocks >= self.num_blocks)).any():
+            block = blocks[(blocks < 1) | (blocks >= self.num_blocks)][0]
+            raise BadFrameError(f"block {block} is outside the pool; blocks 1 to {self.num_blocks - 1} may be used")
+        order = np.argsort(slots, kind="stable")
+        slots, blocks = slots[order], blocks[order]
+        nth_of_slot = np.arange(len(slots)) - np.searchsorted(slots, slots)
+        places = self.block_counts[slots] + nth_of_slot
+        limit = self.block_table.shape[1]
+        if (places >= limit).any():
+            raise InternalError(f"slot {slots[places.argmax()]} gets more than the {limit} blocks that its longest sequence needs")
+        self.block_table[slots, places] = blocks
+        self.block_counts += np.bincount(slots, minlength=len(self.block_counts))
+
+    def _select_rows(self, chunk_slots: I64Array, chunk_tokens: I64Array, decode_slots: I64Array) -> StepRows:
+        slots = np.concatenate((chunk_slots, decode_slots))
+        num_tokens = np.ones(len(slots), np.int64)
+        num_tokens[: len(chunk_slots)] = chunk_tokens
+        self._check_slots("row for", slots)
+        rows = StepRows(slots, self.num_computed[slots], num_tokens, len(chunk_slots))
+        self._check_rows(rows)
+        return rows
+
+    def _check_slots(self, what: str, slots: Any) -> None:
+        worst = int(np.max(slots, initial=0))
+        if worst >= len(self.is_live):
+            raise BadFrameError(f"{what} slot {worst}; this batch has slots 0 to {len(self.is_live) - 1}")
+
+    def _check_rows(self, rows: StepRows) -> None:
+        slots, ends = rows.slots, rows.starts + rows.num_tokens
+        uses = np.bincount(slots, minlength=1)
+        if uses.max() > 1:
+            raise InternalError(f"slot {uses.argmax()} has {uses.max()} rows in one step; a sequence may have one")
+        capacity = self.block_counts[slots] * self.block_size
+        is_bad = ~self.is_live[slots] | (rows.num_tokens < 1) | (ends > self.num_tokens[slots]) | (ends > capacity)
+        if is_bad.any():
+            self._raise_bad_row(rows, int(is_bad.argmax()))
+
+    def _raise_bad_row(self, rows: StepRows, row: int) -> None:
+        slot, start, count = (int(values[row]) for values in (rows.slots, rows.starts, rows.num_tokens))
+        kind = "chunk" if row < rows.num_chunks else "decode"
+        if not self.is_live[slot]:
+            raise InternalError(f"{kind} of slot {slot}, which no sequence holds")
+        if count < 1:
+            raise BadFrameError(f"chunk of slot {slot} has {count} tokens; it must have at least 1")
+        what = f"{kind} of slot {slot} computes positions {start} to {start + count - 1}"
+        if start + count > self.num_tokens[slot]:
+            raise InternalError(f"{what}, but only {self.num_tokens[slot]} tokens are known")
+        room = self.block_counts[slot] * self.block_size
+        raise InternalError(f"{what}, but its {self.block_counts[slot]} blocks of {self.block_size} hold {room}")
+
+
+def _derive_sampling(add: SlotAdd) -> tuple[bool, bool, bool]:
+    """Return is_random, is_whole and is_changed of ``SAMPLING_DTYPE``."""
+    is_random = add.temperature >= GREEDY_BELOW
+    is_filtered = add.top_k > 0 or add.top_p < 1 or add.min_p > 0
+    is_penalised = add.repetition_penalty != 1 or add.presence_penalty != 0 or add.frequency_penalty != 0
+    return is_random, add.logprobs >= 0 or (is_filtered and is_random), is_penalised or add.min_tokens > 0

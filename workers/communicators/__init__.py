@@ -1,0 +1,1 @@
+"""Collectives over one mesh axis, by backend."""

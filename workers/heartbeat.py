@@ -1,0 +1,63 @@
+"""A thread that tells the driver every second that this rank lives, and in which phase it is."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+from ..transport.records import Beat
+from ..transport.sockets import ControlClient
+
+if TYPE_CHECKING:
+    import zmq
+
+    from ..transport.records import Hello
+    from .context import RankStatus
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+class Heartbeat:
+    """Sends a ``Beat`` each ``period_s`` over a connection of its own, which the thread opens and closes."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, hello: Hello, status: RankStatus, *, period_s: float
+    ) -> None:
+        self._context = context
+        self._endpoint = endpoint
+        self._hello = hello
+        self._status = status
+        self._period_s = period_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="zspmd-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and wait for it; idempotent."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * self._period_s)
+
+    def _run(self) -> None:
+        client = ControlClient(self._context, self._endpoint)
+        try:
+            client.send(self._hello)
+            while True:
+                client.send(self._beat())
+                if self._stopped.wait(self._period_s):
+                    return
+        finally:
+            client.close()
+
+    def _beat(self) -> Beat:
+        status = self._status
+        return Beat(phase=status.phase, seq=status.seq, done_seq=status.done_seq, step_id=status.step_id, memory_bytes=resident_bytes())
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process holds."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * _PAGE_BYTES

@@ -1,0 +1,117 @@
+"""A rank's life after set-up: take the next frame, do it, answer; nothing else is ever waited for."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..errors import BadFrameError
+from ..transport.codec import ValueEncoder, decode_value
+from ..transport.frames import ResultKind, StepFrame, StepKind
+from ..transport.records import Failure
+from ..transport.schema import pack_record
+from ..transport.sockets import ResultPusher, StepSubscriber
+from .context import RankStatus
+from .worker import Worker, find_rpc
+
+MAX_MESSAGE = 32_768  # characters; with the traceback below a record's 1 MiB even at four bytes each
+MAX_TRACEBACK = 131_072
+IDLE_MS = 1000  # how often an idle rank looks whether its parent lives
+
+
+class StepLoop:
+    """Runs a worker from the SYNC frame to the STOP frame."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        subscriber: StepSubscriber,
+        pusher: ResultPusher,
+        status: RankStatus,
+        *,
+        output_ranks: Sequence[int],
+        check_parent: Callable[[], None],
+    ) -> None:
+        self._worker = worker
+        self._subscriber = subscriber
+        self._pusher = pusher
+        self._status = status
+        self._answers_steps = pusher.rank in output_ranks
+        self._check_parent = check_parent
+        self._encoder = ValueEncoder()
+
+    def run(self) -> None:
+        """Serve frames until STOP; what the worker raises in a step, or a broken stream, ends it."""
+        handlers = {StepKind.SYNC: self._sync, StepKind.STEP: self._step, StepKind.CALL: self._call}
+        while True:
+            self._status.phase = "idle"
+            frame = self._subscriber.receive(IDLE_MS)
+            if frame is None:
+                self._check_parent()
+                continue
+            self._status.seq = frame.seq
+            if frame.kind is StepKind.STOP:
+                self._pusher.push(ResultKind.BYE, frame.seq)
+                return
+            handlers[frame.kind](frame, time.perf_counter_ns())
+            self._status.done_seq = frame.seq
+
+    def _sync(self, frame: StepFrame, started_ns: int) -> None:
+        self._pusher.push(ResultKind.SYNC_ACK, frame.seq)
+
+    def _step(self, frame: StepFrame, started_ns: int) -> None:
+        self._status.step_id += 1
+        self._status.phase = "step"
+        output = self._worker.step(decode_value(frame.body, frame.buffers))
+        if self._answers_steps:
+            self._answer(ResultKind.OUTPUT, frame.seq, output, started_ns)
+        else:
+            self._pusher.push(ResultKind.ACK, frame.seq, busy_us=_busy_us(started_ns))
+
+    def _call(self, frame: StepFrame, started_ns: int) -> None:
+        name, args, kwargs, ranks = _check_call(decode_value(frame.body, frame.buffers))
+        if self._pusher.rank not in ranks:
+            self._pusher.push(ResultKind.ACK, frame.seq)
+            return
+        self._status.phase = "call"
+        try:
+            value = find_rpc(self._worker, name)(*args, **kwargs)
+            self._answer(ResultKind.REPLY, frame.seq, value, started_ns)
+        except Exception as error:  # of the called method: the caller gets it, the rank goes on
+            failure = describe_failure(error, self._status)
+            self._pusher.push(ResultKind.CALL_ERROR, frame.seq, pack_record(failure), busy_us=_busy_us(started_ns))
+
+    def _answer(self, kind: ResultKind, seq: int, value: object, started_ns: int) -> None:
+        body, buffers = self._encoder.encode(value)
+        self._pusher.push(kind, seq, body, buffers, busy_us=_busy_us(started_ns))
+
+
+def describe_failure(error: BaseException, status: RankStatus) -> Failure:
+    """Return what the driver is told about an exception; long texts keep their end, where the cause is."""
+    kind = type(error)
+    return Failure(
+        exception_type=f"{kind.__module__}.{kind.__qualname__}"[:512],
+        message=_printable(str(error))[:MAX_MESSAGE],
+        traceback=_printable("".join(traceback.format_exception(kind, error, error.__traceback__)))[-MAX_TRACEBACK:],
+        phase=status.phase,
+        step_id=status.step_id,
+    )
+
+
+def _printable(text: str) -> str:
+    """Escape lone surrogates, as in the file names of ``os.fsdecode``: they cannot be sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _busy_us(started_ns: int) -> int:
+    return (time.perf_counter_ns() - started_ns) // 1000
+
+
+def _check_call(value: Any) -> tuple[str, list[Any], dict[str, Any], list[int]]:
+    wanted = (str, list, dict, list)
+    if not isinstance(value, list) or len(value) != 4 or any(type(v) is not w for v, w in zip(value, wanted)):
+        raise BadFrameError("the body of a call is not [name, args, kwargs, ranks]")
+    name, args, kwargs, ranks = value
+    return name, args, kwargs, ranks

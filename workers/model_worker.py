@@ -1,0 +1,125 @@
+"""The worker that the engine runs on each rank: a language model, its KV cache and the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, InternalError
+from ..model_config import read_model_config
+from ..models.llama import LlamaModel
+from ..models.loading import load_weights
+from ..transport.batch import decode_batch_step
+from .batch_inputs import StepInputs, build_inputs
+from .batch_state import BatchState
+from .sampler import SampledTokens, Sampler
+from .worker import Worker, rpc
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+class ModelWorker(Worker):
+    """Computes a batch step and samples from it; all ranks of the tp axis return the same.
+
+    The order of use is ``setup``, ``kv_capacity``, ``allocate_kv_cache``, then steps.
+    """
+
+    def setup(self, *, model: str, dtype: str, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
+        """Load the model.
+
+        Args:
+            model: directory of the checkpoint.
+            dtype: of weights, activations and KV cache, as in ``EngineConfig``.
+            block_size: KV positions in a block.
+            max_num_seqs: slots of the batch.
+            max_model_len: tokens that one sequence may compute.
+
+        Raises:
+            CheckpointError: the directory is not a model that this version can load.
+            TopologyError: the model cannot be split over this many ranks.
+        """
+        directory = Path(model)
+        config = read_model_config(directory)
+        self._device = torch.device(self.ctx.device)
+        self._block_size, self._max_num_seqs, self._max_model_len = block_size, max_num_seqs, max_model_len
+        communicator = self.ctx.mesh["tp"]
+        self._model = LlamaModel(config, communicator, dtype=choose_dtype(dtype, config.dtype, self._device), device=self._device)
+        load_weights(self._model, directory, progress=lambda done, total: self.ctx.report_progress(done, total, "weights"))
+        self._sampler = Sampler(communicator, config.vocab_size, self._model.vocab_start, self._model.vocab_end)
+        self._state: BatchState | None = None
+        self._kv_cache: list[Tensor] = []
+
+    @rpc
+    def kv_capacity(self) -> dict[str, int]:
+        """Return ``bytes_per_block`` of this rank and the ``free_bytes`` of its device; ranks on one CPU host share the latter."""
+        free_bytes = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else _read_available_bytes()
+        return {"bytes_per_block": self._model.kv_bytes_per_block(self._block_size), "free_bytes": free_bytes}
+
+    @rpc
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Make the KV cache and an empty batch.
+
+        Args:
+            num_blocks: blocks in the pool, the reserved block 0 included; the same on every rank.
+
+        Raises:
+            ConfigError: fewer than 2 blocks.
+        """
+        if num_blocks < 2:
+            raise ConfigError(f"num_blocks is {num_blocks}; at least 2 are needed, since block 0 is reserved for padding")
+        with torch.inference_mode():
+            self._kv_cache = self._model.allocate_kv_cache(num_blocks, self._block_size)
+        self._state = BatchState(self._max_num_seqs, self._max_model_len, self._block_size, num_blocks)
+
+    @torch.inference_mode()
+    def step(self, inputs: bytes | memoryview) -> list[object]:
+        """Apply a packed ``BatchStep``, compute its rows and sample those that reach the end of their known tokens.
+
+        Returns:
+            [int32 [R] tokens in the order of the sampled rows, their log-probabilities as in ``SampledTokens``]. A step without rows
+            computes nothing and enters no collective.
+
+        Raises:
+            BadFrameError: the bytes are no batch step, or name slots or blocks that do not exist.
+            InternalError: the step contradicts the steps before it.
+        """
+        if self._state is None:
+            raise InternalError("a step came before allocate_kv_cache")
+        rows = self._state.apply(decode_batch_step(inputs))
+        if not len(rows.slots):
+            return [np.empty(0, np.int32), None]
+        step_inputs = build_inputs(self._state, rows, self._device)
+        hidden = self._model(step_inputs.token_ids, step_inputs.attention, self._kv_cache)
+        self._state.mark_computed(rows)
+        sampled = self._sample(self._state, hidden, step_inputs)
+        return [sampled.token_ids, sampled.logprobs]
+
+    def _sample(self, state: BatchState, hidden: Tensor, inputs: StepInputs) -> SampledTokens:
+        slots = inputs.sampled_slots
+        if not len(slots):
+            return SampledTokens(np.empty(0, np.int32), None)
+        logits = self._model.compute_logits(hidden.index_select(0, inputs.sampled_rows))
+        sampled = self._sampler.sample(logits, state, slots)
+        state.append_sampled(slots, sampled.token_ids)
+        return sampled
+
+
+def choose_dtype(dtype: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
+    """Return the torch dtype that a name of ``config.DTYPES`` stands for; "auto" is float32 on a CPU, the checkpoint's elsewhere."""
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" else checkpoint_dtype
+    chosen = getattr(torch, dtype, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ConfigError(f"dtype is {dtype!r}, which is no floating-point dtype of torch; choose float32, bfloat16 or float16")
+    return chosen
+
+
+def _read_available_bytes() -> int:
+    """Return what the kernel says can be allocated without swapping."""
+    for line in _MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024  # the file counts in KiB
+    raise InternalError(f"{_MEMINFO} has no line MemAvailable; give the engine num_blocks, so that it need not ask")

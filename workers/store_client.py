@@ -1,0 +1,97 @@
+"""A rank's client of the coordinator's store: keys and bytes that all ranks of the launch share.
+
+Each thread gets its own connection, so that a thread that waits for a key never keeps another from setting it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import zmq
+
+from ..errors import PeerLostError, ProtocolError, StoreTimeoutError
+from ..transport.records import Accepted, Hello, Reject, StoreReply, StoreRequest
+from ..transport.sockets import ControlClient
+
+REPLY_MARGIN_S = 10.0  # how much longer than its own timeout an operation waits for the driver's word
+
+
+class StoreClient:
+    """Set, get, wait, add, compare_set, check, delete and count over the control socket."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, hello: Hello, *, timeout_s: float) -> None:
+        self._context = context
+        self._endpoint = endpoint
+        self._hello = hello
+        self.timeout_s = timeout_s
+        self._local = threading.local()
+        self._request_ids = itertools.count()
+
+    def set(self, key: str, value: bytes) -> None:
+        """Store ``value`` under ``key`` and wake whoever waits for it."""
+        self._ask("set", [key], value=value)
+
+    def get(self, key: str, timeout_s: float | None = None) -> bytes:
+        """Return the value of ``key``, waiting for it.
+
+        Raises:
+            StoreTimeoutError: it did not appear in time.
+        """
+        return self._ask("get", [key], timeout_s=timeout_s).value
+
+    def wait(self, keys: Sequence[str], timeout_s: float | None = None) -> None:
+        """Wait until all ``keys`` are there; raises StoreTimeoutError that names those that are not."""
+        self._ask("wait", list(keys), timeout_s=timeout_s)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all ``keys`` are there now."""
+        return bool(self._ask("check", list(keys)).amount)
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to the decimal number under ``key`` (0 if absent) and return the sum; raises ValueError if it holds something else."""
+        return self._ask("add", [key], amount=amount).amount
+
+    def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
+        """Set ``key`` if its value is ``expected`` (or it is absent and ``expected`` is empty); return the value it then has."""
+        return self._ask("compare_set", [key], value=desired, expected=expected).value
+
+    def delete(self, key: str) -> bool:
+        """Remove ``key``; whether it was there."""
+        return bool(self._ask("delete", [key]).amount)
+
+    def count(self) -> int:
+        """Return how many keys there are."""
+        return self._ask("count", []).amount
+
+    def _ask(self, op: str, keys: list[str], *, timeout_s: float | None = None, **fields: Any) -> StoreReply:
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        request = StoreRequest(request_id=next(self._request_ids), op=op, keys=tuple(keys), timeout_s=limit, **fields)
+        client = self._connection()
+        client.send(request)
+        while True:
+            reply, _ = client.receive(limit + REPLY_MARGIN_S)
+            if not isinstance(reply, StoreReply):
+                raise ProtocolError(f"the store answered {op} with a {type(reply).__name__}")
+            if reply.request_id == request.request_id:  # an older one belongs to an operation that was given up
+                break
+        if reply.error:
+            raise ValueError(f"the driver refused it: {reply.error}")
+        if reply.absent:
+            raise StoreTimeoutError(reply.absent, limit)
+        return reply
+
+    def _connection(self) -> ControlClient:
+        client: ControlClient | None = getattr(self._local, "client", None)
+        if client is None:
+            client = ControlClient(self._context, self._endpoint)
+            client.send(self._hello)
+            answer, _ = client.receive(REPLY_MARGIN_S)
+            if isinstance(answer, Reject):
+                raise PeerLostError(f"the driver refused a store connection: {answer.reason}")
+            if not isinstance(answer, Accepted):
+                raise ProtocolError(f"the driver answered a store connection with a {type(answer).__name__}")
+            self._local.client = client
+        return client
