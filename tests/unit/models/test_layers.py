@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from zspmd.model_config import RopeScaling
 from zspmd.models.attention import AttentionInputs, ChunkSpan, SdpaAttention
 from zspmd.models.layers import RmsNorm

@@ -13,6 +13,7 @@ from support.checkpoints import FAMILIES, save_checkpoint
 from support.paging import PagedSequences, run_step
 from support.threads import ThreadCommunicator, run_ranks
 from torch import Tensor
+
 from zspmd.errors import TopologyError
 from zspmd.model_config import ModelConfig, read_model_config, tensor_shapes
 from zspmd.models.attention import AttentionInputs

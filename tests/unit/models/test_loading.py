@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import save_checkpoint
 from support.threads import run_ranks
 from torch import Tensor, nn
+
 from zspmd.errors import CheckpointError
 from zspmd.model_config import read_model_config
 from zspmd.models.layers import RmsNorm, WeightShard

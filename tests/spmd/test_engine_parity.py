@@ -1,0 +1,113 @@
+"""The engine against Transformers' generate: every family, tensor-parallel over 1, 2 and 4 processes, in float32."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import FAMILIES, SIZES, save_checkpoint
+from support.engines import assert_idle, build_engine, complete_all
+
+import zspmd
+
+TP_SIZES = (1, 2, 4)
+PROMPT_LENGTHS = (1, 2, 5, 11, 16, 17, 33, 60)
+MAX_TOKENS = 10
+NUM_TOP = 20
+ATOL = 1e-4
+
+torch.set_num_threads(1)
+
+
+def make_prompts() -> list[list[int]]:
+    chance = random.Random(5)
+    return [[chance.randrange(SIZES["vocab_size"]) for _ in range(length)] for length in PROMPT_LENGTHS]
+
+
+PROMPTS = make_prompts()
+
+
+@dataclass
+class Reference:
+    """What Transformers says of each prompt."""
+
+    tokens: list[list[int]]
+    logprobs: list[torch.Tensor]  # [n + 1, V] a prompt: after the prompt, and after each generated token
+
+
+@dataclass
+class Run:
+    """What an engine says of each prompt: greedily, and with log-probabilities."""
+
+    plain: list[zspmd.RequestOutput]
+    described: list[zspmd.RequestOutput]
+
+
+def ask_transformers(model: Any) -> Reference:
+    tokens, logprobs = [], []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        # without the mask, generate takes tokens of the prompt that happen to equal its padding token for padding
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS, pad_token_id=SIZES["eos_token_id"]
+        )
+        tokens.append(whole[0, len(prompt) :].tolist())
+        logits = model(whole).logits[0, len(prompt) - 1 :]
+        logprobs.append(logits.float().log_softmax(-1))
+    return Reference(tokens, logprobs)
+
+
+async def ask_engine(directory: Path, tp: int) -> Run:
+    """Prompts are computed anew for the second answer: without prefix reuse."""
+    async with build_engine(directory, tp=tp, max_num_seqs=len(PROMPTS), block_size=8, enable_prefix_cache=False) as engine:
+        plain = await complete_all(engine, PROMPTS, zspmd.SamplingParams(max_tokens=MAX_TOKENS, temperature=0))
+        params = zspmd.SamplingParams(max_tokens=MAX_TOKENS, temperature=0, logprobs=NUM_TOP)
+        described = await complete_all(engine, PROMPTS, params)
+        assert_idle(engine)
+        return Run(plain, described)
+
+
+async def ask_engines(directory: Path) -> dict[int, Run]:
+    return dict(zip(TP_SIZES, await asyncio.gather(*(ask_engine(directory, tp) for tp in TP_SIZES))))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, dict[int, Run]]:
+    """Start the engines of a family together: each spends most of its time importing torch on one core."""
+    directory = tmp_path_factory.mktemp(request.param)
+    model = save_checkpoint(directory, request.param)
+    return ask_transformers(model), asyncio.run(ask_engines(directory))
+
+
+@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
+def test_greedy_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]], tp: int) -> None:
+    reference, runs = answers
+    assert [output.token_ids for output in runs[tp].plain] == reference.tokens
+    assert [output.token_ids for output in runs[tp].described] == reference.tokens
+
+
+@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
+def test_logprobs_of_the_first_step_equal_transformers(answers: tuple[Reference, dict[int, Run]], tp: int) -> None:
+    reference, runs = answers
+    for output, wanted in zip(runs[tp].described, reference.logprobs, strict=True):
+        assert output.outputs[0].logprobs is not None
+        first = output.outputs[0].logprobs[0]
+        top = torch.tensor(list(first.top.values()))
+        torch.testing.assert_close(top, wanted[0].topk(NUM_TOP).values, atol=ATOL, rtol=0)
+        torch.testing.assert_close(top, wanted[0, list(first.top)], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
+def test_logprobs_of_all_chosen_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]], tp: int) -> None:
+    reference, runs = answers
+    for output, wanted in zip(runs[tp].described, reference.logprobs, strict=True):
+        assert output.outputs[0].logprobs is not None
+        assert [entry.token_id for entry in output.outputs[0].logprobs] == output.token_ids
+        found = torch.tensor([entry.logprob for entry in output.outputs[0].logprobs])
+        chosen = wanted[range(len(output.token_ids)), output.token_ids]
+        torch.testing.assert_close(found, chosen, atol=ATOL, rtol=0)
