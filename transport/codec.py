@@ -6,7 +6,7 @@ the order in which their tensors occur in the body.
 
     metadata    dtype code u5, ndim u3 | family u2 (0 NumPy, 1 torch), inline u1, zero u5 | dims, LEB128 each
 
-What may travel: None, bool, int (64 bit), float, str, bytes, list, dict with str or int keys, NumPy arrays, torch tensors.
+What may travel: None, bool, int (64 bit), float, str, bytes, list, dict (keys: None, bool, numbers, str, bytes), NumPy arrays, torch tensors.
 Nothing here runs what a peer sends: no pickle, dtypes come from a table, and lengths are checked before anything is allocated.
 """
 
@@ -27,7 +27,7 @@ AnyArray = npt.NDArray[Any]
 INLINE_BYTES = 4096
 MAX_BODY_BYTES = 64 << 20
 MAX_NDIM = 7
-MAX_DEPTH = 128
+MAX_DEPTH = 500  # msgpack's packer stops a little above
 TENSOR_EXT = 1
 NUMPY, TORCH = 0, 1
 
@@ -211,8 +211,10 @@ def _explain(value: object, path: str, depth: int) -> None:
     if kind is dict:
         assert isinstance(value, dict)
         for key, item in value.items():
-            if type(key) not in (str, int):
-                raise TypeError(f"{path} has the key {key!r} of type {type(key).__name__}; keys must be str or int")
+            if type(key) not in (str, int, float, bool, bytes, type(None)):
+                raise TypeError(
+                    f"{path} has the key {key!r} of type {type(key).__name__}; keys must be None, bool, int, float, str or bytes"
+                )
             _explain(item, f"{path}[{key!r}]", depth + 1)
     elif kind is list:
         assert isinstance(value, list)

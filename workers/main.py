@@ -53,6 +53,8 @@ def main() -> int:
 
 def _serve(context: zmq.Context[zmq.Socket[bytes]], bootstrap: Bootstrap) -> int:
     rank = int(os.environ["RANK"])
+    with open("/proc/self/comm", "w") as name:  # what top and ps -e show: a forked rank would go by the zygote's name
+        name.write(f"zspmd-rank{rank}")
     control = ControlClient(context, bootstrap.control_endpoint)
     control.send(_hello(bootstrap, rank, "rank"))
     welcome, worker_args = _receive_welcome(control)

@@ -115,3 +115,17 @@ async def test_wait_done_never_raises() -> None:
     await waiting
     await pending.wait_done()
     assert not pending.has_raised
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["before the end", "after the end"])
+async def test_callbacks_run_once_at_the_end(is_late: bool) -> None:
+    calls: list[bool] = []
+    pending = make((0,))
+    if not is_late:
+        pending.add_done_callback(lambda: calls.append(pending.is_done))
+        assert calls == []
+    pending.answer(0, 7)
+    pending.fail(ClosedError("closed"))
+    if is_late:
+        pending.add_done_callback(lambda: calls.append(pending.is_done))
+    assert calls == [True]

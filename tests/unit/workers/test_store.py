@@ -141,6 +141,7 @@ def test_a_late_reply_is_not_taken_for_the_next(server: Server, store: StoreClie
     with pytest.raises(PeerLostError):
         store.get("absent", timeout_s=0.25)
     monkeypatch.undo()
+    assert store._connection().socket.poll(5000)  # there it is
     assert store.get("k") == b"right"
 
 
