@@ -6,7 +6,7 @@ the order in which their tensors occur in the body.
 
     metadata    dtype code u5, ndim u3 | family u2 (0 NumPy, 1 torch), inline u1, zero u5 | dims, LEB128 each
 
-What may travel: None, bool, int (64 bit), float, str, bytes, list, dict (keys: None, bool, numbers, str, bytes), NumPy arrays, torch tensors.
+What may travel: None, bool, int (64 bit), float, str, bytes, list, dict (with such keys, bar the list), NumPy arrays, torch tensors.
 Nothing here runs what a peer sends: no pickle, dtypes come from a table, and lengths are checked before anything is allocated.
 """
 

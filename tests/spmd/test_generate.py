@@ -1,0 +1,117 @@
+"""``zspmd-run generate`` with the demo model that ships with the package, from the shell's side."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.engines import complete
+from support.leaks import LeakCheck
+
+import zspmd
+from zspmd.runtime.engine.checkpoint import DEMO_MODEL
+
+RUN = [sys.executable, "-m", "zspmd.runtime.launch.cli"]
+LINE = "zspmd is an asyncio message-passing runtime over ZeroMQ. A driver publishes each step once, and every rank runs it."
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*RUN, *arguments], input=stdin, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_two_ranks_add_and_know_their_line(leak_check: LeakCheck, tmp_path: Path) -> None:
+    done = run("--tp", "2", "--log-dir", str(tmp_path / "logs"), "generate", "123+456=", "999+1=", "zspmd is")
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["123+456=579", "999+1=1000", LINE])
+    assert "rank 1: weights loaded" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["r00000.err", "r00000.out", "r00001.err", "r00001.out"]
+
+
+def test_prompts_come_from_standard_input_and_answers_as_json(leak_check: LeakCheck) -> None:
+    done = run("-q", "generate", "--json", stdin="7+8=\n\n10+20=\n")
+    assert done.returncode == 0
+    assert not done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(a["prompt"], a["text"], a["finish_reason"]) for a in answers] == [("7+8=", "15", "stop"), ("10+20=", "30", "stop")]
+
+
+def test_no_prompt_at_all_is_an_error(leak_check: LeakCheck) -> None:
+    done = run("generate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no prompt; give one or more as arguments, or one a line on standard input" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+)
+def test_a_signal_in_the_middle_ends_everything(leak_check: LeakCheck, number: signal.Signals, code: int) -> None:
+    endless = ["generate", "--ignore-eos", "--max-tokens", "500", *["zspmd is"] * 64]
+    with subprocess.Popen([*RUN, "--tp", "2", *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == "z"  # the first token is there
+        process.send_signal(number)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert f"zspmd-run: ended by {number.name}" in told
+
+
+def test_a_launch_id_in_use_is_refused_and_its_holder_unharmed(leak_check: LeakCheck) -> None:
+    endless = ["--launch-id", "twice", "generate", "--ignore-eos", "--max-tokens", "500", *["zspmd is"] * 64]
+    with subprocess.Popen([*RUN, *endless], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.read(1) == "z"
+        second = run("--launch-id", "twice", "generate", "1+1=")
+        assert second.returncode == 120
+        assert f"launch id 'twice' is held by pid {first.pid}" in second.stderr
+        assert first.poll() is None
+        first.send_signal(signal.SIGINT)
+        first.communicate(timeout=20)
+
+
+def test_a_killed_rank_is_named_and_its_signal_is_the_exit_code(leak_check: LeakCheck) -> None:
+    endless = ["generate", "--ignore-eos", "--max-tokens", "500", *["zspmd is"] * 64]
+    with subprocess.Popen([*RUN, "--tp", "2", *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == "z"
+        os.kill(rank_pid(process.pid, "zspmd-rank1"), signal.SIGKILL)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "rank 1 on" in told
+    assert "was ended by SIGKILL" in told
+
+
+def rank_pid(driver_pid: int, name: str) -> int:
+    """Return the pid of a rank under this driver's agent."""
+    ranks = [pid for agent in children(driver_pid) for pid in children(agent)]
+    return next(pid for pid in ranks if Path(f"/proc/{pid}/comm").read_text().strip() == name)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_sums_that_the_model_has_not_seen_are_right() -> None:
+    """Of 200 random sums at most 2 may be wrong; a fifth of all pairs was never trained on."""
+    chance = random.Random(7)
+    pairs = [(chance.randrange(10**digits), chance.randrange(10 ** chance.randint(1, 3))) for digits in (1, 2, 3, 3) for _ in range(50)]
+    async with zspmd.Engine("demo", devices="cpu") as engine:
+
+        async def add(a: int, b: int) -> bool:
+            output = await complete(engine, f"{a}+{b}=", zspmd.SamplingParams(max_tokens=8, temperature=0))
+            return output.text == str(a + b)
+
+        right = await asyncio.gather(*(add(a, b) for a, b in pairs))
+    assert sum(right) >= 198
+
+
+def test_the_demo_models_are_small() -> None:
+    main, draft = DEMO_MODEL / "model.safetensors", DEMO_MODEL / "draft" / "model.safetensors"
+    assert main.stat().st_size <= 3_000_000
+    assert draft.stat().st_size <= main.stat().st_size / 4
+    assert (DEMO_MODEL / "tokenizer.json").read_bytes() == (DEMO_MODEL / "draft" / "tokenizer.json").read_bytes()

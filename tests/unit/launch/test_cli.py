@@ -1,0 +1,97 @@
+"""The command line up to the point where processes start: options, plans, messages and exit codes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from zspmd.errors import (
+    ConfigError,
+    EndpointInUseError,
+    ReadyTimeoutError,
+    RequestError,
+    WorkerExitedError,
+    WorkerRaisedError,
+    ZspmdError,
+)
+from zspmd.runtime.engine.checkpoint import DEMO_MODEL
+from zspmd.runtime.launch.cli import exit_code, main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generat", "x"], "unknown program 'generat'; programs are generate; did you mean 'generate'"),
+        (["generate", "--model", "/nowhere/at/all", "x"], "no model directory /nowhere/at/all; give a local directory"),
+        (["generate", "--temperature", "-1", "x"], "temperature is -1.0; it must be a number from 0 to 100"),
+        (["generate", "--max-tokens", "0", "x"], "max_tokens is 0; it must be a whole number from 1"),
+        (["generate", ""], "a prompt is empty; give at least one character"),
+        (["generate", "--max-model-len", "10000", "x"], "max_model_len is 10000; the model in .* has 512 positions: lower it"),
+        (["--tp", "3", "generate", "x"], "tp 3 does not fit 4 heads"),
+        (["--tp", "0", "generate", "x"], "tp is 0; it must be a whole number of at least 1"),
+        (["-n", "2", "--tp", "4", "generate", "x"], "--nproc-per-node 2 and --tp 4 do not agree"),
+        (["--tp", "2", "--devices", "cuda:0", "generate", "x"], "devices lists 1 entries .* for 2 ranks"),
+        (["--launch-id", "a/b", "generate", "x"], "launch id 'a/b'"),
+    ],
+    ids=[
+        "unknown program",
+        "no model",
+        "temperature",
+        "max_tokens",
+        "empty prompt",
+        "long context",
+        "tp does not divide",
+        "tp 0",
+        "sizes disagree",
+        "too few devices",
+        "launch id",
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zspmd.runtime.launch.cli.uvloop.run", lambda program: pytest.fail("it was started"))
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert not shown.out
+    assert re.fullmatch(rf"zspmd-run: .*{words}.*\n", shown.err), shown.err
+
+
+def test_a_wrong_option_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--bogus", "generate"])
+    assert stopped.value.code == 2
+    assert "unrecognized arguments: --bogus" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_ranks_sockets_and_mesh_and_starts_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert main(["--tp", "2", "--launch-id", "plan", "--dry-run", "generate"]) == 0
+    shown = capsys.readouterr().out
+    assert f"generate: {DEMO_MODEL}" in shown
+    assert f"ipc://{tmp_path}/zspmd/plan/step" in shown
+    assert "tp: [0, 1]" in shown
+    assert len(re.findall(r"^rank     \d +\d +0 +localhost +cpu$", shown, re.MULTILINE)) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (WorkerExitedError(exit_code=7, rank=1), 7),
+        (WorkerExitedError(exit_code=-11, rank=1), 139),
+        (WorkerExitedError(exit_code=0, rank=1), 1),
+        (WorkerRaisedError("no", rank=0), 1),
+        (EndpointInUseError("held"), 120),
+        (ReadyTimeoutError("late"), 122),
+        (ConfigError("wrong"), 2),
+        (RequestError("wrong"), 2),
+    ],
+    ids=["own code", "signal", "left early", "raised", "in use", "not ready", "config", "request"],
+)
+def test_exit_codes_tell_the_first_cause(error: ZspmdError, code: int) -> None:
+    assert exit_code(error) == code
