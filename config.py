@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .errors import ConfigError, TopologyError
@@ -40,6 +39,9 @@ class ParallelConfig:
         return self.dp * self.pp * self.tp
 
 
+MAX_DEADLINE_S = 1e6
+
+
 @dataclass(frozen=True)
 class Deadlines:
     """How long each wait may last, in seconds. They nest: beat < step < collective, and each phase has its own.
@@ -48,8 +50,8 @@ class Deadlines:
         beat_s: period of a rank's heartbeat.
         ready_s: from the start of the processes until every rank has set up and answered SYNC (loading included).
         step_s: from publishing a step or call until every rank that answers has answered, unless the caller gives its own.
-        collective_s: torch's own timeout inside a collective; longer than a step, since the driver is to speak first.
-        drain_s: at shutdown, for steps in flight and the ranks' own teardown.
+        collective_s: for a rank inside a collective or store operation; longer than a step, since the driver is to speak first.
+        drain_s: at shutdown, spent first on steps in flight; then again from STOP, for the ranks' own teardown, to SIGTERM.
         kill_s: from SIGTERM to SIGKILL, and again from SIGKILL until a process must be gone.
     """
 
@@ -63,8 +65,8 @@ class Deadlines:
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ConfigError(f"deadline {name} is {value!r} s; it must be above 0 and finite")
+            if not 0 < value <= MAX_DEADLINE_S:
+                raise ConfigError(f"deadline {name} is {value!r} s; it must be above 0 and at most {MAX_DEADLINE_S:g}")
         if not self.beat_s < self.step_s <= self.collective_s:
             raise ConfigError(
                 f"deadlines must nest as beat_s < step_s <= collective_s; got {self.beat_s}, {self.step_s}, {self.collective_s} s"

@@ -20,7 +20,7 @@
       WorkerError                   one rank failed: rank, host, pid, step, log tail
         WorkerRaisedError           its code raised; carries the remote traceback
         WorkerExitedError           its process ended; carries the exit code or signal
-        WorkerStalledError          it did not answer within the deadline
+        WorkerStalledError          it did not do what was asked within the deadline
       RequestError                  one request fails, the engine lives
       InternalError                 a broken invariant: a bug of zspmd
 
@@ -193,7 +193,7 @@ class WorkerExitedError(WorkerError):
 
 
 class WorkerStalledError(WorkerError):
-    """The rank did not answer within the deadline; ``missing`` lists every rank that had not."""
+    """The rank had not done a step, call or STOP within the deadline; ``missing`` lists every rank that had not."""
 
     def __init__(self, message: str, *, missing: Sequence[int] = (), **facts: object) -> None:
         super().__init__(message, **facts)  # type: ignore[arg-type]  # as above

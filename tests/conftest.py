@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of ranks, which tests start side by side: tiny models gain nothing from threads
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.leaks import leak_check as leak_check  # after the path that it is found by

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import BadFrameError
 from ..transport.codec import ValueEncoder, decode_value
-from ..transport.frames import ResultKind, StepFrame, StepKind
+from ..transport.frames import Buffer, ResultKind, StepFrame, StepKind
 from ..transport.records import Failure
 from ..transport.schema import pack_record
 from ..transport.sockets import ResultPusher, StepSubscriber
@@ -66,7 +66,8 @@ class StepLoop:
         self._status.phase = "step"
         output = self._worker.step(decode_value(frame.body, frame.buffers))
         if self._answers_steps:
-            self._answer(ResultKind.OUTPUT, frame.seq, output, started_ns)
+            body, buffers = self._encoder.encode(output)
+            self._pusher.push(ResultKind.OUTPUT, frame.seq, body, buffers, busy_us=_busy_us(started_ns))
         else:
             self._pusher.push(ResultKind.ACK, frame.seq, busy_us=_busy_us(started_ns))
 
@@ -76,16 +77,12 @@ class StepLoop:
             self._pusher.push(ResultKind.ACK, frame.seq)
             return
         self._status.phase = "call"
+        kind, buffers = ResultKind.REPLY, list[Buffer]()
         try:
-            value = find_rpc(self._worker, name)(*args, **kwargs)
-            self._answer(ResultKind.REPLY, frame.seq, value, started_ns)
+            body, buffers = self._encoder.encode(find_rpc(self._worker, name)(*args, **kwargs))
         except Exception as error:  # of the called method: the caller gets it, the rank goes on
-            failure = describe_failure(error, self._status)
-            self._pusher.push(ResultKind.CALL_ERROR, frame.seq, pack_record(failure), busy_us=_busy_us(started_ns))
-
-    def _answer(self, kind: ResultKind, seq: int, value: object, started_ns: int) -> None:
-        body, buffers = self._encoder.encode(value)
-        self._pusher.push(kind, seq, body, buffers, busy_us=_busy_us(started_ns))
+            kind, body = ResultKind.CALL_ERROR, pack_record(describe_failure(error, self._status))
+        self._pusher.push(kind, frame.seq, body, buffers, busy_us=_busy_us(started_ns))
 
 
 def describe_failure(error: BaseException, status: RankStatus) -> Failure:

@@ -66,6 +66,7 @@ class WorkerGroup:
         self._is_started = False
         self._is_ready = False
         self._is_closing = False
+        self._signals_from = 0.0  # while closing: the supervisor sends none before
         self._fault: ZspmdError | None = None
         self._is_fault_told = False
         self._failed: list[PendingReply] = []  # by the fault
@@ -220,6 +221,7 @@ class WorkerGroup:
             self._is_closing = True
             if graceful and self._fault is None:
                 self._stop_ranks()
+                self._signals_from = time.monotonic() + drain_s
             await self._processes.stop(grace_s=drain_s if graceful and self._fault is None else 0.0)
         finally:
             self._is_closing = True
@@ -313,7 +315,8 @@ class WorkerGroup:
     # failing
 
     def _on_exit(self, rank: int, exit_code: int) -> None:
-        if self._is_closing and exit_code in (-signal.SIGTERM, -signal.SIGKILL):
+        was_ours = exit_code in (-signal.SIGTERM, -signal.SIGKILL) and time.monotonic() >= self._signals_from
+        if self._is_closing and was_ours:
             self._faults.failed(self._reports.not_ended(rank, self.config.deadlines.drain_s))
         elif not self._is_closing or exit_code != 0:
             self._faults.exited(rank, exit_code)

@@ -21,9 +21,7 @@ FORBIDDEN = {
     "workers": {"asyncio", "zspmd.runtime", "uvloop"},
     "models": {"zmq", "asyncio", "zspmd.runtime", "zspmd.transport", "zspmd.workers"},
 }
-ALLOWED = {
-    "zspmd.runtime.engine.tokenizer": {"transformers"},  # the fallback for tokenizers without tokenizer.json
-}
+ALLOWED = {}
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 TORCH_LOADS = {"load"}  # torch.load unpickles; safetensors' functions have longer names

@@ -6,8 +6,8 @@ bank s may be overwritten in round s + 2.
 
     | 64 B line: u64 seq, u64 pid | ... a line for each rank | bank 0: slot of rank 0 | slot of rank 1 | ... | bank 1: ... |
 
-Sequence numbers and data are plain stores: correct where stores become visible in program order; the
-driver chooses this backend on x86-64 only. Sums are taken in rank order on every rank, which gives all of them the same bits.
+Sequence numbers and data are plain stores: correct where stores become visible in program order, so that the driver chooses this
+backend on x86-64 only. Sums are taken in rank order on every rank, which gives all of them the same bits.
 """
 
 from __future__ import annotations
