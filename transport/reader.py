@@ -12,6 +12,7 @@ from typing import Any
 
 import zmq
 
+_POLLIN = int(zmq.POLLIN)  # masking with the enum's member would make a new one each time
 BUDGET = 64  # messages a wake-up, so that a busy socket does not starve the loop
 
 
@@ -40,7 +41,7 @@ class SocketReader:
 
     def poke(self) -> None:
         """Look for messages whose edge was eaten; call it after any send on the same socket."""
-        if not self._is_scheduled and not self._is_closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if not self._is_scheduled and not self._is_closed and int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN:
             self._schedule()
 
     def drain(self) -> None:
