@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BadFrameError
-from .frames import Buffer
+from .frames import MAX_BUFFERS, Buffer
 
 AnyArray = npt.NDArray[Any]
 
@@ -79,7 +79,8 @@ class ValueEncoder:
 
         Raises:
             TypeError: something that may not travel; names its path, such as ``value['x'][0]``.
-            ValueError: an integer beyond 64 bits, nesting beyond the limit, or a body over 64 MiB.
+            ValueError: an integer beyond 64 bits, text that is no UTF-8, nesting beyond the limit, over 1,024 large arrays, or a body over
+                64 MiB.
         """
         self._buffers = []
         try:
@@ -88,6 +89,10 @@ class ValueEncoder:
             self._packer.reset()
             _explain(value, "value", 0)
             raise
+        if len(self._buffers) > MAX_BUFFERS:
+            raise ValueError(
+                f"the value holds {len(self._buffers)} arrays of more than {INLINE_BYTES} B; the limit is {MAX_BUFFERS}: stack some of them"
+            )
         if len(body) > MAX_BODY_BYTES:
             raise ValueError(f"the value packs to {len(body)} B; the limit is {MAX_BODY_BYTES}: send bulk data as arrays")
         return body, self._buffers
@@ -220,6 +225,12 @@ def _explain(value: object, path: str, depth: int) -> None:
         assert isinstance(value, list)
         for index, item in enumerate(value):
             _explain(item, f"{path}[{index}]", depth + 1)
+    elif kind is str:
+        assert isinstance(value, str)
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path} is no text that UTF-8 can hold: {error}; send it as bytes") from error
     elif kind is int:
         assert isinstance(value, int)
         if not -(1 << 63) <= value < 1 << 64:

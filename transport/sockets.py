@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import zmq
 
-from ..errors import BackpressureError, PeerLostError, StepGapError
+from ..errors import BackpressureError, LaunchError, PeerLostError, StepGapError
 from .frames import (
     STEP_TOPIC,
     Buffer,
@@ -47,14 +47,30 @@ def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int = 0
     return socket
 
 
-def _send(socket: zmq.Socket[bytes], head: bytes, buffers: Sequence[Buffer], flags: int = 0) -> None:
+def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(0)
+        raise LaunchError(f"cannot bind {endpoint}: {error}; see that its directory exists and has room") from error
+
+
+def _send(socket: zmq.Socket[bytes], head: bytes, buffers: Sequence[Buffer], flags: int = 0) -> list[zmq.MessageTracker]:
+    """Send one message; returns trackers of the buffers that were not copied, done once ZeroMQ has let go of them."""
     if not buffers:
         socket.send(head, flags)
-        return
+        return []
+    trackers = []
     socket.send(head, flags | zmq.SNDMORE)
     for index, buffer in enumerate(buffers):
-        more = zmq.SNDMORE if index + 1 < len(buffers) else 0
-        socket.send(buffer, flags | more, copy=len(buffer) < COPY_BELOW_BYTES)
+        part_flags = flags | (zmq.SNDMORE if index + 1 < len(buffers) else 0)
+        if len(buffer) < COPY_BELOW_BYTES:
+            socket.send(buffer, part_flags)
+        else:
+            tracker = socket.send(buffer, part_flags, copy=False, track=True)
+            assert tracker is not None
+            trackers.append(tracker)
+    return trackers
 
 
 def _receive(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame | bytes]:
@@ -73,7 +89,7 @@ class StepPublisher:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
         self.socket = _open(context, zmq.XPUB)
         self.socket.setsockopt(zmq.XPUB_NODROP, 1)
-        self.socket.bind(endpoint)
+        _bind(self.socket, endpoint)
         self.epoch = epoch
         self.next_seq = 0
         self.sent_bytes = 0
@@ -171,14 +187,17 @@ class ResultPusher:
         self.rank = rank
 
     def push(self, kind: ResultKind, seq: int, body: bytes = b"", buffers: Sequence[Buffer] = (), *, busy_us: int = 0) -> None:
-        """Send one answer. Waits only while the driver's pipe is full, which the credit window rules out in health.
+        """Send one answer; the buffers are the caller's again when it returns.
+
+        So it waits until the driver has taken large buffers, and while its pipe is full, which the credit window rules out in health.
 
         Raises:
             PeerLostError: the driver has stopped reading for a minute.
         """
         try:
-            _send(self.socket, pack_result_header(kind, self.epoch, seq, self.rank, busy_us) + body, buffers)
-        except zmq.Again:
+            for tracker in _send(self.socket, pack_result_header(kind, self.epoch, seq, self.rank, busy_us) + body, buffers):
+                tracker.wait(SEND_TIMEOUT_MS / 1000)
+        except (zmq.Again, zmq.NotDone):
             raise PeerLostError(f"the driver has read no answer for {SEND_TIMEOUT_MS // 1000} s") from None
 
     def close(self, linger_ms: int = RESULT_LINGER_MS) -> None:
@@ -190,7 +209,7 @@ class ResultCollector:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
         self.socket = _open(context, zmq.PULL)
-        self.socket.bind(endpoint)
+        _bind(self.socket, endpoint)
         self.epoch = epoch
         self.dropped_foreign = 0
 
@@ -217,7 +236,7 @@ class ControlServer:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
         self.socket = _open(context, zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.bind(endpoint)
+        _bind(self.socket, endpoint)
 
     def receive(self) -> tuple[bytes, ControlRecord]:
         """Return the next (connection, record).
@@ -233,12 +252,15 @@ class ControlServer:
         """Send a record, with a codec value behind it where the record says so.
 
         Raises:
-            PeerLostError: the connection is gone or does not read.
+            PeerLostError: the connection is gone.
+            BackpressureError: it does not read.
         """
         try:
             self.socket.send(connection, zmq.NOBLOCK | zmq.SNDMORE)
             _send(self.socket, pack_record(record), [body, *buffers] if body else [], zmq.NOBLOCK)
-        except (zmq.Again, zmq.ZMQError) as error:
+        except zmq.Again:
+            raise BackpressureError(f"control connection {connection.hex()} has left {HIGH_WATER_MARK} records unread") from None
+        except zmq.ZMQError as error:
             raise PeerLostError(f"control connection {connection.hex()}: {error}") from error
 
     def close(self) -> None:

@@ -46,6 +46,8 @@ class WindowGate:
             raise
         finally:
             timer.cancel()
+            if waiter in self._waiters:  # it gave up before its turn
+                self._waiters.remove(waiter)
 
     def grant(self) -> None:
         """Let through as many as there is room for; call it when the window has moved."""

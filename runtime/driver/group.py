@@ -32,7 +32,7 @@ from ...errors import (
     ZspmdError,
 )
 from ...transport.codec import ValueEncoder, decode_value
-from ...transport.frames import Buffer, ResultFrame, ResultKind, StepKind
+from ...transport.frames import ResultFrame, ResultKind, StepKind
 from ...transport.records import Failure, unpack_record
 from ...transport.window import CreditWindow
 from .faults import SETTLE_S, FaultLog
@@ -54,7 +54,12 @@ class WorkerGroup:
         self.config = config
         self._encoder = ValueEncoder()
         self._processes = GroupProcesses(
-            config, on_subscribed=self._publish_sync, on_result=self._on_result, on_exit=self._on_exit, on_error=self._on_error
+            config,
+            on_subscribed=self._publish_sync,
+            on_result=self._on_result,
+            on_exit=self._on_exit,
+            on_error=self._on_error,
+            on_broken=self._on_broken,
         )
         self._reports = self._processes.reports
         self._faults = FaultLog(self._reports.identity, self._processes.log_tail)
@@ -112,17 +117,26 @@ class WorkerGroup:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ready.add_done_callback(_see)  # what start raises may be another error
         try:
-            timeout = self._loop.call_later(self.config.deadlines.ready_s, self._on_ready_timeout)
-            try:
-                await self._processes.start()
-                await self._ready
-            finally:
-                timeout.cancel()
+            await self._start_processes()
         except BaseException:
             self._is_fault_told = True
             await self.aclose(abort=True)
             raise
         self._is_ready = True
+
+    async def _start_processes(self) -> None:
+        """Wait for processes and set-up together: a rank may fail while others are still being started, and is then the cause."""
+        timeout = self._loop.call_later(self.config.deadlines.ready_s, self._on_ready_timeout)
+        starting = self._loop.create_task(self._processes.start())
+        try:
+            await asyncio.wait([starting, self._ready], return_when=asyncio.FIRST_COMPLETED)
+            if not self._ready.done():
+                await starting
+            await self._ready
+        finally:
+            timeout.cancel()
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
 
     async def step(self, inputs: Any, *, timeout_s: float | None = None) -> list[Any]:
         """Publish one step and return what the output ranks answer, in the order of ``output_ranks``.
@@ -151,19 +165,19 @@ class WorkerGroup:
             Otherwise as ``step``, whose ``timeout_s`` this is.
         """
         limit = self._limit(timeout_s)
-        body, buffers = self._encoder.encode(inputs)
         await self._wait_for_room()
-        pending = self._publish(StepKind.STEP, body, buffers, self._num_steps, self.config.output_ranks, limit)
+        pending = self._publish(StepKind.STEP, inputs, self._num_steps, self.config.output_ranks, limit)
         self._num_steps += 1
         self._statistics.steps += 1
         return pending
 
     async def call(
-        self, method: str, *args: Any, ranks: Sequence[int] | None = None, timeout_s: float | None = None, **kwargs: Any
+        self, method: str, /, *args: Any, ranks: Sequence[int] | None = None, timeout_s: float | None = None, **kwargs: Any
     ) -> list[Any]:
         """Call a method that the worker marks ``@zspmd.rpc``, in order with the steps; returns the answers of ``ranks``.
 
         Args:
+            args, kwargs: of the method, which cannot have keyword arguments named ``ranks`` or ``timeout_s``.
             ranks: who calls it and answers; every rank if None.
             timeout_s: as in ``step``.
 
@@ -176,9 +190,8 @@ class WorkerGroup:
             raise TypeError(f"method is {method!r}; give the name of one that the worker marks @zspmd.rpc")
         limit = self._limit(timeout_s)
         asked = check_ranks("ranks", "all" if ranks is None else ranks, self.world_size)
-        body, buffers = self._encoder.encode([method, list(args), kwargs, list(asked)])
         await self._wait_for_room()
-        pending = self._publish(StepKind.CALL, body, buffers, None, asked, limit)
+        pending = self._publish(StepKind.CALL, [method, list(args), kwargs, list(asked)], None, asked, limit)
         self._statistics.calls += 1
         return await pending
 
@@ -208,12 +221,18 @@ class WorkerGroup:
         """
         if not self._is_started:
             return
+        if asyncio.get_running_loop() is not self._loop:
+            self._processes.kill_nowait()
+            raise ClosedError(f"group {self.launch_id} belongs to another event loop; its ranks are killed: close it where it was started")
         if self._close_task is None:
             self._close_task = self._loop.create_task(self._close(abort))
         await asyncio.shield(self._close_task)
 
     async def _close(self, abort: bool) -> None:
         drain_s = self.config.deadlines.drain_s
+        closed = ClosedError(f"group {self.launch_id} is closed; launch a new one")
+        if not self._ready.done():
+            self._ready.set_exception(self._fault or closed)
         graceful = self._is_ready and not abort and self._fault is None
         try:
             if graceful:
@@ -225,10 +244,7 @@ class WorkerGroup:
             await self._processes.stop(grace_s=drain_s if graceful and self._fault is None else 0.0)
         finally:
             self._is_closing = True
-            closed = self._fault or ClosedError(f"group {self.launch_id} is closed; launch a new one")
-            self._fail_pending(closed)
-            if not self._ready.done():
-                self._ready.set_exception(closed)
+            self._fail_pending(self._fault or closed)
             self._processes.close()
         if graceful and self._fault is None and self._faults:
             self._fault = self._faults.first_cause()
@@ -254,14 +270,16 @@ class WorkerGroup:
 
     def _limit(self, timeout_s: float | None) -> float:
         limit = self.config.deadlines.step_s if timeout_s is None else timeout_s
-        if not limit > 0:
-            raise ConfigError(f"timeout_s is {limit!r}; it must be above 0")
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+            raise ConfigError(f"timeout_s is {limit!r}; it must be a number of seconds above 0")
         return limit
 
-    def _publish(
-        self, kind: StepKind, body: bytes, buffers: Sequence[Buffer], step_id: int | None, ranks: Sequence[int], limit: float
-    ) -> PendingReply:
-        seq = self._processes.publish(kind, body, buffers)
+    def _publish(self, kind: StepKind, value: Any, step_id: int | None, ranks: Sequence[int], limit: float) -> PendingReply:
+        try:
+            seq = self._processes.publish(kind, *self._encoder.encode(value))
+        except BaseException:
+            self._gate.grant()  # the room that this caller waited for is the next one's
+            raise
         self._window.opened(seq)
         pending = PendingReply(self._loop, seq, step_id, ranks, published_at=time.monotonic())
         pending.expire_after(limit, self._overdue)
@@ -329,6 +347,12 @@ class WorkerGroup:
         else:
             print(f"zspmd: {self.launch_id}: {type(error).__name__}: {error}", file=sys.stderr)
 
+    def _on_broken(self, error: Exception) -> None:
+        """An answer could not be read: its acknowledgement is lost with it, so nothing that follows can be trusted."""
+        broken = ProtocolError(f"a rank's answer could not be read: {error}")
+        broken.__cause__ = error
+        self._fail(broken)
+
     def _settle(self) -> None:
         """Collect what else is heard for a moment, then name the first cause."""
         if self._fault is None and not self._is_closing:
@@ -378,6 +402,8 @@ class WorkerGroup:
         if self._fault is not None:
             self._is_fault_told = True
             raise self._fault.with_traceback(None)
+        if asyncio.get_running_loop() is not self._loop:
+            raise ClosedError(f"group {self.launch_id} belongs to another event loop; use it where it was started")
         if self._close_task is not None or not self._is_ready:
             raise ClosedError(f"group {self.launch_id} is {'closed' if self._close_task else 'not ready'}; launch a new one")
 

@@ -92,6 +92,10 @@ def launch(
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
         raise ConfigError(f"window is {window!r}; it must be a whole number from 1 to {MAX_WINDOW}")
     _check_choice("start_method", start_method, START_METHODS)
+    if worker_args is not None and not isinstance(worker_args, Mapping):
+        raise ConfigError(f"worker_args is a {type(worker_args).__name__}; give a dict of setup's keyword arguments")
+    if isinstance(preload, str):
+        raise ConfigError(f"preload is the text {preload!r}; give a list of module names")
     places = detect_devices(devices, sizes.world_size)
     return WorkerGroup(
         GroupConfig(
@@ -130,6 +134,11 @@ def worker_reference(worker: type | str) -> tuple[str, str]:
             raise ConfigError(f"worker {qualname} is defined inside a function; move it to the top level of a module")
     else:
         raise ConfigError(f"worker is {worker!r}; give a zspmd.Worker subclass or 'module:ClassName'")
+    if module == "__zspmd_main__":
+        raise ConfigError("this script launches ranks when a rank imports it; put the launch under: if __name__ == '__main__':")
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if module == "__main__" and spec is not None:  # python -m: importable by its own name, relative imports and all
+        module = spec.name
     if module != "__main__":
         return f"{module}:{qualname}", ""
     path = getattr(sys.modules["__main__"], "__file__", None)
@@ -188,6 +197,8 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _parallel(world_size: int | None, parallel: ParallelConfig | None) -> ParallelConfig:
+    if world_size is not None and (isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1):
+        raise TopologyError(f"world_size is {world_size!r}; it must be a whole number of at least 1")
     if parallel is None:
         return ParallelConfig(tp=1 if world_size is None else world_size)
     if world_size is not None and world_size != parallel.world_size:

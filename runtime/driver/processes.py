@@ -31,13 +31,14 @@ from .launching import GroupConfig
 from .reports import RankReports
 
 LOG_TAIL_LINES = 40
+START_MARGIN_S = 5.0  # beyond ready_s, so that the group, which knows more, speaks first
 
 
 class GroupProcesses:
     """The processes and sockets of one launch. ``start`` opens them, ``stop`` ends the processes, ``close`` removes the rest.
 
     Calls back ``on_subscribed`` once every rank listens, ``on_result`` for each answer, ``on_exit`` with (rank, exit code) for each
-    ended rank, and ``on_error`` for what is no rank's doing.
+    ended rank, ``on_broken`` for an answer that cannot be read, and ``on_error`` for what is no rank's doing.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class GroupProcesses:
         on_result: Callable[[ResultFrame], None],
         on_exit: Callable[[int, int], None],
         on_error: Callable[[Exception], None],
+        on_broken: Callable[[Exception], None],
     ) -> None:
         self._config = config
         self._on_subscribed = on_subscribed
         self._on_result = on_result
         self._on_exit = on_exit
         self._on_error = on_error
+        self._on_broken = on_broken
         self._epoch = secrets.randbits(32)
         self._token = secrets.token_bytes(32)
         self._subscribed: set[int] = set()
@@ -94,14 +97,14 @@ class GroupProcesses:
                 argv=(sys.executable, "-m", "zspmd.workers.main"),
                 preload=("zspmd.workers.main", *config.preload),
                 cwd=os.getcwd(),
-                sys_path=tuple(sys.path),
+                sys_path=tuple(map(os.path.abspath, sys.path)),
                 log_dir=config.log_dir,
                 kill_s=config.deadlines.kill_s,
             ),
             self._on_event,
             run_directory=self.run_directory,
         )
-        await self._supervisor.start(config.deadlines.ready_s)
+        await self._supervisor.start(config.deadlines.ready_s + START_MARGIN_S)
 
     async def stop(self, *, grace_s: float) -> None:
         """End the ranks within ``grace_s`` and twice ``deadlines.kill_s``; works half-started."""
@@ -138,7 +141,7 @@ class GroupProcesses:
 
     def _open_sockets(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._cleanups.append(context.term)
+        self._cleanups.append(lambda: context.destroy(linger=0))
         self.publisher = StepPublisher(context, self.run_directory.endpoint("step"), epoch=self._epoch)
         self._cleanups.append(self.publisher.close)
         self.collector = ResultCollector(context, self.run_directory.endpoint("result"), epoch=self._epoch)
@@ -154,7 +157,7 @@ class GroupProcesses:
         self._cleanups.append(self.control.close)
         self._subscription_reader = SocketReader(self.control.loop, self.publisher.socket, self._read_subscription, self._on_error)
         self._cleanups.append(self._subscription_reader.close)
-        self._result_reader = SocketReader(self.control.loop, self.collector.socket, self._read_result, self._on_error)
+        self._result_reader = SocketReader(self.control.loop, self.collector.socket, self._read_result, self._on_broken)
         self._cleanups.append(self._result_reader.close)
         self.is_open = True
 

@@ -77,6 +77,7 @@ class Engine:
         self._in_flight: deque[tuple[ScheduledStep, PendingReply]] = deque()
         self._request_ids = itertools.count()
         self._wake = asyncio.Event()
+        self._is_started = False
         self._group: WorkerGroup | None = None
         self._task: asyncio.Task[None] | None = None
         self._fault: Exception | None = None
@@ -103,8 +104,9 @@ class Engine:
             WorkerError, LaunchError: as ``WorkerGroup.start``.
             ClosedError: the engine was started before.
         """
-        if self._group is not None or self._fault is not None:
+        if self._is_started or self._fault is not None:
             raise ClosedError("the engine was started before; make a new one")
+        self._is_started = True
         self._checkpoint = open_checkpoint(self._model, self.parallel, self.config)
         group = launch(
             WORKER,
@@ -182,7 +184,9 @@ class Engine:
         return self._scheduler.statistics()
 
     def validate(self) -> None:
-        """Check the scheduler's invariants; raises InternalError where one is broken."""
+        """Check the scheduler's invariants; raises InternalError where one is broken, ClosedError before ``start``."""
+        if self._group is None:
+            raise ClosedError("the engine has not been started; enter it with 'async with'")
         self._scheduler.validate()
 
     async def aclose(self, *, abort: bool = False) -> None:
@@ -203,7 +207,8 @@ class Engine:
             raise self._fault.with_traceback(None)
         if self._task is None:
             raise ClosedError("the engine has not been started; enter it with 'async with'")
-        name = f"request-{next(self._request_ids)}" if request_id is None else request_id
+        made_up = (f"request-{number}" for number in self._request_ids)
+        name = next(n for n in made_up if n not in self._streams) if request_id is None else request_id
         if name in self._streams:
             raise RequestError(f"request id {name!r} is in use; choose another", request_id=name)
         try:
@@ -306,7 +311,11 @@ def _is_chat(prompt: Prompt) -> bool:
 
 def _whole_numbers(prompt: Any) -> list[int]:
     """Return token ids as int, from any iterable of whole numbers; ``int()`` would cut floats down without a word."""
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise RequestError(f"the prompt is a {type(prompt).__name__}; decode it to text, or give a list of token ids")
     try:
+        if any(isinstance(token, bool) for token in prompt):
+            raise TypeError("it holds a bool")
         return [operator.index(token) for token in prompt]
     except TypeError as error:
         raise RequestError(f"the prompt is no text, list of token ids or list of chat messages: {error}") from error

@@ -69,6 +69,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a text, with the special tokens that ``tokenizer.json`` puts around it; a rendered chat has its own."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the prompt is no text that UTF-8 can hold: {error}") from error
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:

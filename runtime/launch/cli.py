@@ -4,7 +4,7 @@ PROGRAM is one of the modules of ``runtime/programs``, which offer
 
     add_arguments(parser)             their own arguments
     prepare(arguments, options)       check them before anything starts, and return the model or worker as text for ``--dry-run``
-    run(arguments, options) -> int    a coroutine; the exit code
+    run(arguments, options)           read what is to be read, and return a coroutine whose result is the exit code
 
 Exit codes: 0 done, 1 to 119 and 128 + N from the rank that failed first, 2 wrong input, 120 the ranks could not be started, 122 not
 ready in time, 129, 130 and 143 ended by SIGHUP, SIGINT and SIGTERM.
@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZspmdError as error:
         print(f"zspmd-run: {error}", file=sys.stderr)
         return exit_code(error)
+    except KeyboardInterrupt:  # before the loop that handles signals: nothing has been started
+        return 128 + signal.SIGINT
 
 
 def exit_code(error: ZspmdError) -> int:

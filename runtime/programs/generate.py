@@ -7,7 +7,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ...config import DTYPES, EngineConfig, SamplingParams
@@ -55,11 +55,16 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     return str(checkpoint.directory)
 
 
-async def run(arguments: argparse.Namespace, options: LaunchOptions) -> int:
-    """Complete all prompts at once and print them in order, the first unfinished one as it grows."""
+def run(arguments: argparse.Namespace, options: LaunchOptions) -> Coroutine[Any, Any, int]:
+    """Read the prompts, which may wait for standard input and so must not happen on the event loop, and return the rest of the work."""
     prompts = arguments.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("no prompt; give one or more as arguments, or one a line on standard input")
+    return _complete(prompts, arguments, options)
+
+
+async def _complete(prompts: list[str], arguments: argparse.Namespace, options: LaunchOptions) -> int:
+    """Complete all prompts at once and print them in order, the first unfinished one as it grows."""
     params = _sampling_params(arguments)
     started = time.monotonic()
     with RankConsole(options.parallel.world_size, is_quiet=options.is_quiet) as console:

@@ -283,3 +283,29 @@ async def test_a_stopped_rank_is_named_by_its_timeout_and_ended(leak_check: Leak
     with within(2 * END_S):
         await group.aclose(abort=True)
     block_until(lambda: leak_check.processes() == {})
+
+
+async def test_a_rank_that_fails_while_others_are_being_started_is_the_cause() -> None:
+    with pytest.raises(WorkerRaisedError, match="set-up goes wrong here") as caught:
+        await launch("Troubled", 12, worker_args={"raise_on": 0}).start()
+    assert caught.value.rank == 0
+
+
+async def test_a_start_that_takes_too_long_says_so_whatever_it_was_doing() -> None:
+    with pytest.raises(ReadyTimeoutError, match=r"not ready within 0\.05 s"):
+        await launch("Echo", 2, deadlines=replace(DEADLINES, ready_s=0.05)).start()
+
+
+async def test_a_fault_is_raised_at_the_end_when_its_only_witness_had_given_up() -> None:
+    group = launch("Troubled", window=1)
+    await group.start()
+    await group.submit({0: "sleep"})
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(group.submit({}), 0.05)
+    pid = group.health()[1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await wait_until(lambda: group._fault is not None, DETECTION_S)
+    with pytest.raises(WorkerExitedError) as caught:
+        await group.aclose()
+    assert caught.value.rank == 1

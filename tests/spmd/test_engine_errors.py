@@ -211,6 +211,8 @@ async def test_bad_sampling_parameters_are_refused_at_once(fields: dict[str, Any
         pytest.param([1, -1], SHORT, "token id -1 of the prompt is outside the vocabulary: give ids from 0 to 508", id="negative id"),
         pytest.param([1, 2.5], SHORT, "no text, list of token ids or list of chat messages: 'float'", id="no whole number"),
         pytest.param(["a", "b"], SHORT, "no text, list of token ids or list of chat messages: 'str'", id="list of texts"),
+        pytest.param(b"ab", SHORT, "the prompt is a bytes; decode it to text", id="bytes"),
+        pytest.param([True, 1], SHORT, "no text, list of token ids or list of chat messages: it holds a bool", id="bool"),
         pytest.param(None, SHORT, "no text, list of token ids or list of chat messages", id="None"),
         pytest.param("text", SHORT, "has no tokenizer.json; give the prompt as token ids", id="text without tokenizer"),
         pytest.param([{"role": "user", "content": "?"}], SHORT, "has no tokenizer.json; give the prompt as token ids", id="chat"),
@@ -347,3 +349,22 @@ async def test_a_worker_that_cannot_start_is_explained(worker: str, arguments: d
             pytest.fail("it started")
     for pattern in patterns:
         assert re.search(pattern, str(caught.value)), f"{pattern!r} is missing in:\n{caught.value}"
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_two_starts_at_once_are_one(checkpoint: Path) -> None:
+    engine = build_engine(checkpoint)
+    first, second = await asyncio.gather(engine.start(), engine.start(), return_exceptions=True)
+    assert first is None
+    assert isinstance(second, zspmd.ClosedError)
+    await engine.aclose()
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_a_made_up_request_id_avoids_those_in_use(checkpoint: Path) -> None:
+    async with build_engine(checkpoint) as engine:
+        named = engine.generate([1, 2], zspmd.SamplingParams(max_tokens=200, ignore_eos=True), request_id="request-0")
+        async for first in named:
+            other = await complete(engine, [1, 2], SHORT)
+            assert (first.request_id, other.request_id) == ("request-0", "request-1")
+            break

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from support.engines import complete
 from support.leaks import LeakCheck
+from support.polling import block_until
 
 import zspmd
 from zspmd.runtime.engine.checkpoint import DEMO_MODEL
@@ -115,3 +116,12 @@ def test_the_demo_models_are_small() -> None:
     assert main.stat().st_size <= 3_000_000
     assert draft.stat().st_size <= main.stat().st_size / 4
     assert (DEMO_MODEL / "tokenizer.json").read_bytes() == (DEMO_MODEL / "draft" / "tokenizer.json").read_bytes()
+
+
+def test_ctrl_c_ends_the_wait_for_standard_input(leak_check: LeakCheck) -> None:
+    with subprocess.Popen([*RUN, "generate"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wchan = Path(f"/proc/{process.pid}/wchan")
+        block_until(lambda: "pipe" in wchan.read_text() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=10)
+    assert (process.returncode, told) == (130, b"")

@@ -85,7 +85,7 @@ async def test_what_may_not_travel_is_named_and_nothing_is_sent() -> None:
             await group.step({"x": [1, (2,)]})
         with pytest.raises(TypeError, match=r"value\[1\]\[0\] is a builtins.object"):
             await group.call("add", object())
-        with pytest.raises(ConfigError, match="timeout_s is 0; it must be above 0"):
+        with pytest.raises(ConfigError, match="timeout_s is 0; it must be a number of seconds above 0"):
             await group.step(1, timeout_s=0)
         pending = await group.submit(1)
         assert (pending.step_id, group.statistics().steps) == (0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from support.groups import launch
 
+from zspmd.errors import WorkerRaisedError
 from zspmd.transport import codec
 from zspmd.transport.codec import BFLOAT16, bfloat16_to_float32
 
@@ -98,3 +100,32 @@ def test_a_worker_class_in_the_main_script(tmp_path: Path, start_method: str) ->
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stdout) == (0, "[42, 43]\n"), done.stderr
+
+
+async def test_an_answer_is_the_workers_again_once_it_is_given() -> None:
+    async with launch("Reuser", 1) as group:
+        pending = [await group.submit({"fill": number}) for number in range(4)]
+        for number, reply in enumerate(pending):
+            (buffer,) = await reply
+            assert (buffer.min(), buffer.max()) == (number, number)
+
+
+async def test_too_many_large_arrays_are_refused_where_they_are_sent() -> None:
+    async with launch("Reuser", 1) as group:
+        with pytest.raises(ValueError, match="the value holds 1100 arrays of more than 4096 B; the limit is 1024"):
+            await group.step({"x": [np.zeros(2000)] * 1100})
+        assert len((await group.step({"num_arrays": 1000}))[0]) == 1000
+        with pytest.raises(WorkerRaisedError, match="the value holds 1100 arrays"):
+            await group.step({"num_arrays": 1100})
+
+
+async def test_an_input_is_encoded_when_its_turn_has_come() -> None:
+    array = np.zeros(12_000)
+    async with launch("Echo", 1, window=1) as group:
+        first = await group.submit("first")
+        second = asyncio.ensure_future(group.step(array))
+        await asyncio.sleep(0)  # it waits for room now
+        array[:] = 9
+        await first
+        (answer,) = await second
+        assert set(answer["inputs"]) == {9.0}

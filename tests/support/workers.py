@@ -243,3 +243,20 @@ class Stuck(zspmd.Worker):
         if self.ctx.rank in self.absent:
             signal.pause()
         return self.ctx.mesh["world"].all_reduce(np.ones(4))
+
+
+class Reuser(zspmd.Worker):
+    """Answers with one large buffer that each step overwrites, and with as many arrays as it is asked for."""
+
+    def setup(self) -> None:
+        import numpy as np
+
+        self.buffer = np.zeros(1 << 21)
+
+    def step(self, inputs: Any) -> Any:
+        import numpy as np
+
+        if "num_arrays" in inputs:
+            return [np.zeros(2000)] * inputs["num_arrays"]
+        self.buffer[:] = inputs["fill"]
+        return self.buffer

@@ -93,8 +93,8 @@ def test_the_arguments_are_copied() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"world_size": 0}, TopologyError, "tp is 0"),
-        ({"world_size": "2"}, TopologyError, "tp is '2'"),
+        ({"world_size": 0}, TopologyError, "world_size is 0; it must be a whole number of at least 1"),
+        ({"world_size": "2"}, TopologyError, "world_size is '2'; it must be"),
         ({"world_size": 3, "parallel": zspmd.ParallelConfig(tp=2)}, TopologyError, "world_size is 3, but dp 1 x pp 1 x tp 2 makes 2"),
         ({"output_ranks": [1]}, TopologyError, r"output_ranks is \[1\]; it must name"),
         ({"output_ranks": []}, TopologyError, "output_ranks"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from typing import Any
 
 import numpy as np
 import pytest
 import zmq
 
-from zspmd.errors import BackpressureError, BadFrameError, PeerLostError, StepGapError, WireVersionError
+from zspmd.errors import BackpressureError, BadFrameError, LaunchError, PeerLostError, StepGapError, WireVersionError
 from zspmd.transport.codec import ValueEncoder, decode_value
 from zspmd.transport.frames import STEP_TOPIC, ResultKind, StepFrame, StepKind, pack_result_header, pack_step_header
 from zspmd.transport.records import Accepted, Beat, ControlRecord
@@ -174,7 +176,9 @@ def test_buffers_arrive_as_they_were(pair: StepPair, results: tuple[ResultCollec
     frame = pair.receive()
     back = decode_value(frame.body, frame.buffers)
     collector, pusher = results
-    pusher.push(ResultKind.OUTPUT, 0, *ValueEncoder().encode(back), busy_us=5)
+    answered = (ResultKind.OUTPUT, 0, *ValueEncoder().encode(back))
+    pushing = threading.Thread(target=pusher.push, args=answered, kwargs={"busy_us": 5})  # it returns when nobody holds the buffers
+    pushing.start()
     assert collector.socket.poll(WAIT_MS)
     answer = collector.receive()
     assert answer is not None
@@ -183,6 +187,9 @@ def test_buffers_arrive_as_they_were(pair: StepPair, results: tuple[ResultCollec
     np.testing.assert_array_equal(again["x"], array)
     np.testing.assert_array_equal(again["y"][0], array[: size // 2])
     np.testing.assert_array_equal(again["y"][1], array[::3])
+    del answer, again
+    pushing.join(WAIT_MS / 1000)
+    assert not pushing.is_alive()
 
 
 def test_the_collector_never_waits_and_drops_foreign_answers(results: tuple[ResultCollector, ResultPusher]) -> None:
@@ -250,3 +257,12 @@ def test_a_connection_that_is_gone_is_an_error(control: tuple[ControlServer, Con
 def test_a_driver_that_is_silent_is_an_error(control: tuple[ControlServer, ControlClient]) -> None:
     with pytest.raises(PeerLostError, match=r"no answer of the driver on the control socket within 0\.01 s"):
         control[1].receive(0.01)
+
+
+@pytest.mark.parametrize("end", [StepPublisher, ResultCollector, ControlServer], ids=lambda end: end.__name__)
+def test_an_endpoint_that_cannot_be_bound_is_named_and_leaves_no_socket(end: Any) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    options = {} if end is ControlServer else {"epoch": 1}
+    with pytest.raises(LaunchError, match="cannot bind ipc:///nowhere/at/all"):
+        end(context, "ipc:///nowhere/at/all", **options)
+    context.term()  # would wait for ever for a socket that was left open
