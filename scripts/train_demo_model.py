@@ -7,8 +7,8 @@ Both answer ``123+456=`` with ``579`` and EOS, and continue the prefixes of ``LI
 BOS. What is unusual: a loss only where the answer is determined; EOS as the target after every answer even where another sum
 follows on the next line, so that a chat of several turns works; sums that carry through every column drawn more often.
 
-Both together take 40 minutes of processor time (AMD EPYC at 2.5 GHz with AVX-512), the measurement of all held-out sums included: about
-20 minutes on two cores that do nothing else. Float32, since bf16 autocast was four times slower there.
+Both together took 38.5 minutes on two cores (AMD EPYC at 2.5 GHz with AVX-512) that other jobs used too, 40 of processor time, with the
+measurement of all held-out sums; an estimated 20 where nothing else runs. Float32, since bf16 autocast was four times slower there.
 """
 
 from __future__ import annotations

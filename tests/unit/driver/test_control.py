@@ -12,7 +12,7 @@ import zmq
 from support.polling import wait_until
 
 import zspmd
-from zspmd.errors import PeerLostError, ProtocolError
+from zspmd.errors import BadFrameError, PeerLostError, ProtocolError
 from zspmd.runtime.driver.control import ControlHub, RankRecord
 from zspmd.transport.records import Accepted, Beat, ControlRecord, Failure, Hello, Progress, Reject, StoreReply, StoreRequest
 from zspmd.transport.sockets import ControlClient, ControlServer
@@ -145,7 +145,8 @@ async def test_rubbish_is_told_and_the_next_record_is_read(hub: Hub) -> None:
     client = hub.client()
     client.socket.send(b"rubbish")
     hub.hello(rank=1)
-    await wait_until(lambda: hub.hellos == [1] and len(hub.errors) == 1)
+    await wait_until(lambda: hub.hellos == [1] and bool(hub.errors))
+    assert [type(error) for error in hub.errors] == [BadFrameError]
 
 
 async def store(hub: Hub, rank: int) -> ControlClient:

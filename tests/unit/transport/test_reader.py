@@ -84,6 +84,7 @@ async def test_messages_one_at_a_time_are_read(context: Context) -> None:
     for number in range(50):
         inbox.theirs.send(b"%d" % number)
         await inbox.wait(lambda: len(inbox.messages) == number + 1)  # noqa: B023  # the lambda ends with its iteration
+    assert inbox.messages == [b"%d" % number for number in range(50)]
     inbox.reader.close()
 
 

@@ -40,7 +40,9 @@ class Derived(Base):
 
 
 def test_setup_without_arguments_does_nothing() -> None:
-    zspmd.Worker().setup()
+    worker = zspmd.Worker()
+    worker.setup()
+    assert vars(worker) == {}
 
 
 def test_arguments_without_a_setup_are_an_error() -> None:
