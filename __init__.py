@@ -16,11 +16,15 @@ _HOMES = {
     "BadFrameError": ".errors",
     "CheckpointError": ".errors",
     "ClosedError": ".errors",
+    "Communicator": ".workers.communicators.communicator",
     "ConfigError": ".errors",
+    "Coordinator": ".workers.coordinator",
+    "CoordinatorTimeoutError": ".errors",
     "Deadlines": ".config",
     "EndpointInUseError": ".errors",
     "Engine": ".runtime.engine.engine",
     "EngineConfig": ".config",
+    "GroupEvent": ".runtime.driver.events",
     "HostfileError": ".errors",
     "InternalError": ".errors",
     "LaunchError": ".errors",
@@ -28,9 +32,13 @@ _HOMES = {
     "PeerLostError": ".errors",
     "ProtocolError": ".errors",
     "ReadyTimeoutError": ".errors",
+    "RecordingError": ".errors",
+    "ReplayDivergedError": ".errors",
     "RequestError": ".errors",
     "RequestOutput": ".runtime.engine.outputs",
     "SamplingParams": ".config",
+    "RestartPolicy": ".config",
+    "ResultTakenError": ".errors",
     "StepGapError": ".errors",
     "StoreTimeoutError": ".errors",
     "TopologyError": ".errors",
@@ -52,12 +60,14 @@ if TYPE_CHECKING:
     from .config import Deadlines as Deadlines
     from .config import EngineConfig as EngineConfig
     from .config import ParallelConfig as ParallelConfig
+    from .config import RestartPolicy as RestartPolicy
     from .config import SamplingParams as SamplingParams
     from .errors import BackpressureError as BackpressureError
     from .errors import BadFrameError as BadFrameError
     from .errors import CheckpointError as CheckpointError
     from .errors import ClosedError as ClosedError
     from .errors import ConfigError as ConfigError
+    from .errors import CoordinatorTimeoutError as CoordinatorTimeoutError
     from .errors import EndpointInUseError as EndpointInUseError
     from .errors import HostfileError as HostfileError
     from .errors import InternalError as InternalError
@@ -65,7 +75,10 @@ if TYPE_CHECKING:
     from .errors import PeerLostError as PeerLostError
     from .errors import ProtocolError as ProtocolError
     from .errors import ReadyTimeoutError as ReadyTimeoutError
+    from .errors import RecordingError as RecordingError
+    from .errors import ReplayDivergedError as ReplayDivergedError
     from .errors import RequestError as RequestError
+    from .errors import ResultTakenError as ResultTakenError
     from .errors import StepGapError as StepGapError
     from .errors import StoreTimeoutError as StoreTimeoutError
     from .errors import TopologyError as TopologyError
@@ -76,11 +89,14 @@ if TYPE_CHECKING:
     from .errors import WorkerRaisedError as WorkerRaisedError
     from .errors import WorkerStalledError as WorkerStalledError
     from .errors import ZspmdError as ZspmdError
+    from .runtime.driver.events import GroupEvent as GroupEvent
     from .runtime.driver.group import WorkerGroup as WorkerGroup
     from .runtime.driver.launching import launch as launch
     from .runtime.engine.engine import Engine as Engine
     from .runtime.engine.outputs import RequestOutput as RequestOutput
+    from .workers.communicators.communicator import Communicator as Communicator
     from .workers.context import WorkerContext as WorkerContext
+    from .workers.coordinator import Coordinator as Coordinator
     from .workers.worker import Worker as Worker
     from .workers.worker import rpc as rpc
 

@@ -5,6 +5,7 @@
         TopologyError               sizes that do not fit each other
         HostfileError               a line of a hostfile
         CheckpointError             a model directory: a file, a tensor, a field of config.json
+        RecordingError              a recording that cannot be read, or is not one
       LaunchError                   the group never became ready
         EndpointInUseError          the launch id or a port is held by somebody else
         ReadyTimeoutError           some ranks did not answer in time
@@ -13,14 +14,17 @@
         PeerLostError               the other side is gone
         BackpressureError           no room in the window within the deadline; nothing was sent
         StoreTimeoutError           keys of the coordinator's store did not appear in time; also a TimeoutError
+        CoordinatorTimeoutError     ranks did not come to an operation of the coordinator in time; also a TimeoutError
         ProtocolError               bytes that break the protocol
           WireVersionError          another version of zspmd is at the other end
           BadFrameError             a malformed frame: says which field
-          StepGapError              a rank missed a frame
+          StepGapError              a rank missed a frame, and it is not kept any more
       WorkerError                   one rank failed: rank, host, pid, step, log tail
         WorkerRaisedError           its code raised; carries the remote traceback
         WorkerExitedError           its process ended; carries the exit code or signal
         WorkerStalledError          it did not do what was asked within the deadline
+      ResultTakenError              the caller awaited a result twice; also a RuntimeError
+      ReplayDivergedError           a replayed rank does another thing than was recorded
       RequestError                  one request fails, the engine lives
       InternalError                 a broken invariant: a bug of zspmd
 
@@ -67,6 +71,10 @@ class CheckpointError(ConfigError):
         self.found = found
 
 
+class RecordingError(ConfigError):
+    """A recording cannot be read: no such file, another kind or version, or damaged; the message has the path and the offset."""
+
+
 class LaunchError(ZspmdError):
     """The worker group never became ready."""
 
@@ -105,6 +113,17 @@ class StoreTimeoutError(TransportError, TimeoutError):
     def __init__(self, absent: Sequence[str], timeout_s: float) -> None:
         shown = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
         super().__init__(f"no value for {shown} within {timeout_s:g} s; another rank has not set it")
+        self.absent = tuple(absent)
+
+
+class CoordinatorTimeoutError(TransportError, TimeoutError):
+    """Ranks that did not come to an operation of the coordinator in time; ``absent`` names them, ``operation`` says which it was."""
+
+    def __init__(self, operation: str, absent: Sequence[int], timeout_s: float) -> None:
+        shown = ", ".join(map(str, absent[:16])) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
+        who = f"rank {shown} has" if len(absent) == 1 else f"ranks {shown} have"
+        super().__init__(f"{operation}: {who} not come within {timeout_s:g} s; see what they do, or call it again to wait on")
+        self.operation = operation
         self.absent = tuple(absent)
 
 
@@ -198,6 +217,14 @@ class WorkerStalledError(WorkerError):
     def __init__(self, message: str, *, missing: Sequence[int] = (), **facts: object) -> None:
         super().__init__(message, **facts)  # type: ignore[arg-type]  # as above
         self.missing = tuple(missing)
+
+
+class ResultTakenError(ZspmdError, RuntimeError):
+    """The answers to a step were awaited before: they belong to whoever did."""
+
+
+class ReplayDivergedError(ZspmdError):
+    """A rank that is replayed alone asks for another collective than was recorded, or for one more."""
 
 
 class RequestError(ZspmdError):

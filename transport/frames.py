@@ -3,10 +3,11 @@
 Little endian, no padding:
 
     step frame     magic "SZ" | version u8 | kind u8 | epoch u32 | seq u64                                      16 B
-    result frame   magic "RZ" | version u8 | kind u8 | epoch u32 | seq u64 | rank u16 | reserved u16 | busy_us u32   24 B
+    result frame   magic "RZ" | version u8 | kind u8 | epoch u32 | seq u64 | rank u16 | reserved u16 | busy_us u32 | received_ns u64   32 B
 
-``seq`` numbers every frame of the step socket from 0 by 1; a result carries the ``seq`` that it answers. A message is one frame with
-header and body, and one raw frame for each large tensor. "S" is also the topic that ranks subscribe to.
+``seq`` numbers every frame of the step socket from 0 by 1, but a TICK, which carries the number of the last one; a result carries the
+``seq`` that it answers. A message is one frame with header and body, and one raw frame for each large tensor. "S" is also the topic
+that ranks subscribe to; a frame that is sent again to one rank has that rank's topic in front and is otherwise the same bytes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from ..errors import BadFrameError, WireVersionError
 if TYPE_CHECKING:
     import zmq
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 STEP_MAGIC = b"SZ"
 RESULT_MAGIC = b"RZ"
 STEP_TOPIC = b"S"
 RANK_TOPIC = struct.Struct(">cH")  # b"R" and the rank, of fixed width since topics match by prefix
 STEP_HEADER = struct.Struct("<2sBBIQ")
-RESULT_HEADER = struct.Struct("<2sBBIQHHI")
+RESULT_HEADER = struct.Struct("<2sBBIQHHIQ")
 MAX_BUFFERS = 1024
 
 Buffer = bytes | bytearray | memoryview
@@ -40,6 +41,7 @@ class StepKind(enum.IntEnum):
     STEP = 2
     CALL = 3
     STOP = 4
+    TICK = 5  # nothing, but that ``seq`` was the last frame so far: a rank that lost the end of the stream learns of it
 
 
 class ResultKind(enum.IntEnum):
@@ -52,6 +54,7 @@ class ResultKind(enum.IntEnum):
     CALL_ERROR = 5  # the called method raised; the rank goes on
     ERROR = 6  # the rank failed and is about to exit
     BYE = 7
+    GAP = 8  # the rank has missed frame ``seq``: it and what follows are to be sent again
 
 
 _STEP_KINDS = {int(kind): kind for kind in StepKind}  # 0.13 us a look-up where calling the enum takes 0.59
@@ -67,13 +70,14 @@ class StepFrame(NamedTuple):
 
 
 class ResultFrame(NamedTuple):
-    """``busy_us``: microseconds from the receipt of the step to this answer, as the rank measured them."""
+    """``received_ns``: when the rank had received the step, on its monotonic clock; ``busy_us``: microseconds from there to this answer."""
 
     kind: ResultKind
     epoch: int
     seq: int
     rank: int
     busy_us: int
+    received_ns: int
     body: memoryview
     buffers: Sequence[Buffer]
 
@@ -88,53 +92,75 @@ def pack_step_header(kind: StepKind, epoch: int, seq: int) -> bytes:
     return STEP_HEADER.pack(STEP_MAGIC, WIRE_VERSION, kind, epoch, seq)
 
 
-def pack_result_header(kind: ResultKind, epoch: int, seq: int, rank: int, busy_us: int) -> bytes:
-    """Return the 24 header bytes of a result frame; ``busy_us`` saturates at u32."""
-    return RESULT_HEADER.pack(RESULT_MAGIC, WIRE_VERSION, kind, epoch, seq, rank, 0, min(busy_us, 0xFFFF_FFFF))
+def pack_result_header(kind: ResultKind, epoch: int, seq: int, rank: int, busy_us: int, received_ns: int = 0) -> bytes:
+    """Return the 32 header bytes of a result frame; ``busy_us`` saturates at u32."""
+    return RESULT_HEADER.pack(RESULT_MAGIC, WIRE_VERSION, kind, epoch, seq, rank, 0, min(busy_us, 0xFFFF_FFFF), received_ns)
 
 
 def parse_step(frames: Sequence[zmq.Frame | bytes]) -> StepFrame:
-    """Read a message of the step socket.
+    """Read a message of the step socket, sent to all or again to one rank.
 
     Raises:
         BadFrameError: too short, wrong magic, unknown kind or too many buffers.
         WireVersionError: another wire version.
     """
-    view = _checked(frames, STEP_HEADER.size, STEP_MAGIC)
-    _, version, kind, epoch, seq = STEP_HEADER.unpack_from(view)
-    _check_version(version)
+    return _parse_step(_first(frames), frames)
+
+
+def _parse_step(view: memoryview, frames: Sequence[zmq.Frame | bytes]) -> StepFrame:
+    if len(view) < STEP_HEADER.size:
+        raise _too_short(view, STEP_HEADER.size)
+    magic, version, kind, epoch, seq = STEP_HEADER.unpack_from(view)
+    if magic != STEP_MAGIC:
+        topic = RANK_TOPIC.size
+        if magic[:1] == b"R" and bytes(view[topic : topic + 2]) == STEP_MAGIC:  # sent again: the rank's topic stands in front
+            return _parse_step(view[topic:], frames)
+        raise _bad_magic(magic, STEP_MAGIC)
+    if version != WIRE_VERSION:
+        raise _other_version(version)
     known = _STEP_KINDS.get(kind)
     if known is None:
         raise BadFrameError(f"step frame {seq} has kind {kind}; known are 1 to {len(StepKind)}")
-    return StepFrame(known, epoch, seq, view[STEP_HEADER.size :], [_view(frame) for frame in frames[1:]])
+    return StepFrame(known, epoch, seq, view[STEP_HEADER.size :], _rest(frames))
 
 
 def parse_result(frames: Sequence[zmq.Frame | bytes]) -> ResultFrame:
     """Read a message of the result socket; raises as ``parse_step`` does."""
-    view = _checked(frames, RESULT_HEADER.size, RESULT_MAGIC)
-    _, version, kind, epoch, seq, rank, _, busy_us = RESULT_HEADER.unpack_from(view)
-    _check_version(version)
+    view = _first(frames)
+    if len(view) < RESULT_HEADER.size:
+        raise _too_short(view, RESULT_HEADER.size)
+    magic, version, kind, epoch, seq, rank, _, busy_us, received_ns = RESULT_HEADER.unpack_from(view)
+    if magic != RESULT_MAGIC:
+        raise _bad_magic(magic, RESULT_MAGIC)
+    if version != WIRE_VERSION:
+        raise _other_version(version)
     known = _RESULT_KINDS.get(kind)
     if known is None:
         raise BadFrameError(f"result frame of rank {rank} has kind {kind}; known are 1 to {len(ResultKind)}")
-    return ResultFrame(known, epoch, seq, rank, busy_us, view[RESULT_HEADER.size :], [_view(frame) for frame in frames[1:]])
+    return ResultFrame(known, epoch, seq, rank, busy_us, received_ns, view[RESULT_HEADER.size :], _rest(frames))
 
 
-def _checked(frames: Sequence[zmq.Frame | bytes], header_bytes: int, magic: bytes) -> memoryview:
+def _first(frames: Sequence[zmq.Frame | bytes]) -> memoryview:
     if not 1 <= len(frames) <= 1 + MAX_BUFFERS:
         raise BadFrameError(f"a message has {len(frames)} frames; the limit is one and {MAX_BUFFERS} tensor buffers")
-    view = _view(frames[0])
-    if len(view) < header_bytes:
-        raise BadFrameError(f"a frame has {len(view)} B; its header alone has {header_bytes}")
-    if view[:2] != magic:
-        raise BadFrameError(f"a frame begins with {bytes(view[:2])!r} instead of {magic!r}")
-    return view
+    return _view(frames[0])
+
+
+def _rest(frames: Sequence[zmq.Frame | bytes]) -> Sequence[Buffer]:
+    return () if len(frames) == 1 else [_view(frame) for frame in frames[1:]]
 
 
 def _view(frame: zmq.Frame | bytes) -> memoryview:
     return memoryview(frame) if isinstance(frame, bytes) else frame.buffer
 
 
-def _check_version(version: int) -> None:
-    if version != WIRE_VERSION:
-        raise WireVersionError(f"the peer speaks wire version {version}, this side {WIRE_VERSION}; install the same zspmd on both")
+def _too_short(view: memoryview, header_bytes: int) -> BadFrameError:
+    return BadFrameError(f"a frame has {len(view)} B; its header alone has {header_bytes}")
+
+
+def _bad_magic(found: bytes, wanted: bytes) -> BadFrameError:
+    return BadFrameError(f"a frame begins with {found!r} instead of {wanted!r}")
+
+
+def _other_version(version: int) -> WireVersionError:
+    return WireVersionError(f"the peer speaks wire version {version}, this side {WIRE_VERSION}; install the same zspmd on both")

@@ -71,6 +71,8 @@ class SocketReader:
                 return True
             try:
                 self._read_one()
+                if not self._socket.closed and not int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN:
+                    return True  # drained, which costs a fifth of what it does to be told by an exception
             except zmq.Again:
                 return True  # drained: the next arrival makes an edge
             except Exception as error:  # one bad message must not cost the edge of those behind it

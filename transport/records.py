@@ -46,7 +46,10 @@ class Hello(ControlRecord):
 
 @dataclass(frozen=True)
 class Welcome(ControlRecord):
-    """The answer to a rank's hello. The worker's arguments follow as codec body and buffers."""
+    """The answer to a rank's hello. The worker's arguments follow as codec body and buffers.
+
+    ``recording`` is that of the launch, beside which each rank writes its collectives; empty for none.
+    """
 
     epoch: int = whole((1 << 32) - 1)
     step_endpoint: str = text(512)
@@ -59,9 +62,10 @@ class Welcome(ControlRecord):
     dp: int = whole(MAX_RANK + 1, 1)
     ep: int = whole(MAX_RANK + 1, 1)
     device: str = text(64)
-    communicator: str = text(16)
+    communicator: str = text(64)
     beat_s: float = number()
     collective_s: float = number()
+    recording: str = text(4096, default="")
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,20 @@ class Reject(ControlRecord):
 
 @dataclass(frozen=True)
 class Beat(ControlRecord):
-    """A rank's sign of life; ``phase`` is setup, idle, step, call or teardown, ``seq`` the frame it started last (-1 none)."""
+    """A rank's sign of life; ``phase`` is setup, idle, step, call or teardown, ``seq`` the frame it started last (-1 none).
+
+    ``foreign_frames`` and ``duplicate_frames`` were dropped, ``gaps`` were asked for again.
+    """
 
     phase: str = text(32)
     seq: int = whole(MAX_SEQ, -1)
     done_seq: int = whole(MAX_SEQ, -1)
     step_id: int = whole(MAX_SEQ, -1)
     memory_bytes: int = whole(MAX_SEQ)
+    done_step_id: int = whole(MAX_SEQ, -1, default=-1)
+    foreign_frames: int = whole(MAX_SEQ, default=0)
+    duplicate_frames: int = whole(MAX_SEQ, default=0)
+    gaps: int = whole(MAX_SEQ, default=0)
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,9 @@ class Progress(ControlRecord):
     what: str = text(256)
 
 
-STORE_OPS = ("set", "get", "wait", "check", "add", "compare_set", "delete", "count")
+STORE_OPS = ("set", "get", "wait", "check", "add", "compare_set", "delete", "count", "get_many")
+MAX_STORE_KEYS = 4096  # of one operation
+MAX_STORE_VALUE_BYTES = MAX_RECORD_BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -105,21 +118,26 @@ class StoreRequest(ControlRecord):
 
     request_id: int = whole(MAX_SEQ)
     op: str = text(16)
-    keys: tuple[str, ...] = many(str, 4096)
-    value: bytes = blob(MAX_RECORD_BYTES // 2, default=b"")
-    expected: bytes = blob(MAX_RECORD_BYTES // 2, default=b"")
+    keys: tuple[str, ...] = many(str, MAX_STORE_KEYS)
+    value: bytes = blob(MAX_STORE_VALUE_BYTES, default=b"")
+    expected: bytes = blob(MAX_STORE_VALUE_BYTES, default=b"")
     amount: int = whole(MAX_SEQ, -MAX_SEQ, default=0)
     timeout_s: float = number(default=0.0)
 
 
 @dataclass(frozen=True)
 class StoreReply(ControlRecord):
-    """``absent`` lists the keys that a get or wait did not see in time; ``error`` says why a request was refused. Else both are empty."""
+    """``absent`` lists the keys that a get or wait did not see in time; ``error`` says why a request was refused. Else both are empty.
+
+    ``values`` answers get_many: those of its first keys, one at least and no more than ``MAX_STORE_VALUE_BYTES`` together; the rest
+    is asked for again.
+    """
 
     request_id: int = whole(MAX_SEQ)
-    value: bytes = blob(MAX_RECORD_BYTES // 2, default=b"")
+    value: bytes = blob(MAX_STORE_VALUE_BYTES, default=b"")
+    values: tuple[bytes, ...] = many(bytes, MAX_STORE_KEYS, default=())
     amount: int = whole(MAX_SEQ, -MAX_SEQ, default=0)
-    absent: tuple[str, ...] = many(str, 4096, default=())
+    absent: tuple[str, ...] = many(str, MAX_STORE_KEYS, default=())
     error: str = text(4096, default="")
 
 

@@ -11,7 +11,8 @@ The driver binds. High-water marks are an assertion, never flow control: small o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import zmq
 
@@ -84,7 +85,10 @@ def _receive(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame | byte
 
 
 class StepPublisher:
-    """The driver's end of the step socket: publishes each frame once, numbered, to every rank."""
+    """The driver's end of the step socket: publishes each frame once, numbered, to every rank.
+
+    It keeps a frame until ``forget``: a rank that missed it gets it again.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
         self.socket = _open(context, zmq.XPUB)
@@ -93,6 +97,9 @@ class StepPublisher:
         self.epoch = epoch
         self.next_seq = 0
         self.sent_bytes = 0
+        self.replayed = 0
+        self._kept: deque[tuple[bytes, Sequence[Buffer]]] = deque()
+        self._first_kept = 0
 
     def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
         """Send one frame to every subscriber and return its seq; never waits.
@@ -101,6 +108,37 @@ class StepPublisher:
             BackpressureError: a subscriber's pipe is full although the window had room; nothing was sent.
         """
         head = pack_step_header(kind, self.epoch, self.next_seq) + body
+        self._send(head, buffers)
+        self._kept.append((head, buffers))
+        self.next_seq += 1
+        return self.next_seq - 1
+
+    def tick(self) -> None:
+        """Tell every rank the number of the last frame; raises BackpressureError as ``publish`` does."""
+        self._send(pack_step_header(StepKind.TICK, self.epoch, self.next_seq - 1), ())
+
+    def forget(self, seq: int) -> None:
+        """Let go of the frames before ``seq``, which every rank has acknowledged."""
+        while self._first_kept < seq:
+            self._kept.popleft()
+            self._first_kept += 1
+
+    def replay(self, rank: int, seq: int) -> int:
+        """Send frame ``seq`` and all that followed it again, to one rank, and return how many these are.
+
+        Raises:
+            StepGapError: that frame is not kept any more, or has not been published.
+            BackpressureError: the rank does not read.
+        """
+        if not self._first_kept <= seq < self.next_seq:
+            raise StepGapError(expected=seq, got=self._first_kept, rank=rank)
+        missed = list(self._kept)[seq - self._first_kept :]
+        for head, buffers in missed:
+            self._send(rank_topic(rank) + head, buffers)
+        self.replayed += len(missed)
+        return len(missed)
+
+    def _send(self, head: bytes, buffers: Sequence[Buffer]) -> None:
         try:
             _send(self.socket, head, buffers, zmq.NOBLOCK)
         except zmq.Again:
@@ -111,9 +149,7 @@ class StepPublisher:
                 raise BackpressureError(
                     f"frame {self.next_seq}: a rank's pipe holds {HIGH_WATER_MARK} unread messages; it has stopped reading"
                 ) from None
-        self.next_seq += 1
         self.sent_bytes += len(head) + sum(map(len, buffers))
-        return self.next_seq - 1
 
     def read_subscription(self) -> tuple[int, bool] | None:
         """Return the next (rank, joined) that arrived on the socket, or None for a topic that is no rank's.
@@ -131,9 +167,14 @@ class StepPublisher:
 
 
 class StepSubscriber:
-    """A rank's end of the step socket: every frame, in order, or an error."""
+    """A rank's end of the step socket: every frame, in order, or an error.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int) -> None:
+    A frame that was lost is asked for by ``on_gap`` with its number; what arrived beyond it is held until it is there.
+    """
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int, on_gap: Callable[[int], None]
+    ) -> None:
         self.socket = _open(context, zmq.SUB)
         # in this order: once the driver sees the rank's own topic, the common one is active for it
         self.socket.subscribe(STEP_TOPIC)
@@ -144,34 +185,65 @@ class StepSubscriber:
         self.next_seq = 0
         self.dropped_foreign = 0
         self.dropped_duplicates = 0
+        self.gaps = 0
+        self._on_gap = on_gap
+        self._asked_for = -1
+        self._held: dict[int, StepFrame] = {}
         self._timeout_ms = -1
 
     def receive(self, timeout_ms: int) -> StepFrame | None:
-        """Wait for the next frame; None when ``timeout_ms`` passed without one.
+        """Wait for the next frame; None when ``timeout_ms`` passed without any.
 
         Frames of another epoch and duplicates are dropped and counted.
 
         Raises:
-            StepGapError: a frame is missing. The rank must not go on: it would enter a collective out of turn.
+            StepGapError: more frames beyond a missing one than a driver may have in flight. The rank must not go on: it would enter
+                a collective out of turn.
             BadFrameError, WireVersionError: as ``parse_step``.
         """
         if timeout_ms != self._timeout_ms:
             self.socket.setsockopt(zmq.RCVTIMEO, timeout_ms)
             self._timeout_ms = timeout_ms
         while True:
-            try:
-                frame = parse_step(_receive(self.socket))
-            except zmq.Again:
+            held = self._held.pop(self.next_seq, None) if self._held else None
+            if held is not None:
+                self.next_seq += 1
+                return held
+            frame = self._read()
+            if frame is None:
                 return None
             if frame.epoch != self.epoch:
                 self.dropped_foreign += 1
-            elif frame.seq < self.next_seq:
-                self.dropped_duplicates += 1
-            elif frame.seq > self.next_seq:
-                raise StepGapError(expected=self.next_seq, got=frame.seq, rank=self.rank)
-            else:
+            elif frame.kind is StepKind.TICK:
+                if frame.seq >= self.next_seq:
+                    self._ask_again()
+            elif frame.seq == self.next_seq:
                 self.next_seq += 1
                 return frame
+            elif frame.seq < self.next_seq or frame.seq in self._held:
+                self.dropped_duplicates += 1
+            else:
+                self._hold(frame)
+
+    def _read(self) -> StepFrame | None:
+        """Return the next message of the socket, whichever it is; None when the timeout passed without one."""
+        try:
+            return parse_step(_receive(self.socket))
+        except zmq.Again:
+            return None
+
+    def _hold(self, frame: StepFrame) -> None:
+        """Keep a frame that came too early, and ask for the missing one, once: a TICK has it asked for again."""
+        if len(self._held) >= HIGH_WATER_MARK:
+            raise StepGapError(expected=self.next_seq, got=frame.seq, rank=self.rank)
+        self._held[frame.seq] = frame
+        if self._asked_for != self.next_seq:
+            self._ask_again()
+
+    def _ask_again(self) -> None:
+        self.gaps += self._asked_for != self.next_seq
+        self._asked_for = self.next_seq
+        self._on_gap(self.next_seq)
 
     def close(self) -> None:
         self.socket.close(0)
@@ -186,7 +258,16 @@ class ResultPusher:
         self.epoch = epoch
         self.rank = rank
 
-    def push(self, kind: ResultKind, seq: int, body: bytes = b"", buffers: Sequence[Buffer] = (), *, busy_us: int = 0) -> None:
+    def push(
+        self,
+        kind: ResultKind,
+        seq: int,
+        body: bytes = b"",
+        buffers: Sequence[Buffer] = (),
+        *,
+        busy_us: int = 0,
+        received_ns: int = 0,
+    ) -> None:
         """Send one answer; the buffers are the caller's again when it returns.
 
         So it waits until the driver has taken large buffers, and while its pipe is full, which the credit window rules out in health.
@@ -195,7 +276,8 @@ class ResultPusher:
             PeerLostError: the driver has stopped reading for a minute.
         """
         try:
-            for tracker in _send(self.socket, pack_result_header(kind, self.epoch, seq, self.rank, busy_us) + body, buffers):
+            head = pack_result_header(kind, self.epoch, seq, self.rank, busy_us, received_ns)
+            for tracker in _send(self.socket, head + body, buffers):
                 tracker.wait(SEND_TIMEOUT_MS / 1000)
         except (zmq.Again, zmq.NotDone):
             raise PeerLostError(f"the driver has read no answer for {SEND_TIMEOUT_MS // 1000} s") from None

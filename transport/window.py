@@ -24,6 +24,11 @@ class CreditWindow:
         self._oldest = 0
 
     @property
+    def oldest(self) -> int:
+        """The first frame that not every rank has acknowledged; the next to be published when none is in flight."""
+        return self._oldest
+
+    @property
     def in_flight(self) -> int:
         return len(self._missing)
 

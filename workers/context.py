@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..transport.records import Progress
 
 if TYPE_CHECKING:
+    from .coordinator import Coordinator
     from .mesh import Mesh
     from .store_client import StoreClient
 
@@ -37,6 +38,7 @@ class RankStatus:
     seq: int = -1
     done_seq: int = -1
     step_id: int = -1
+    done_step_id: int = -1
 
 
 @dataclass
@@ -54,6 +56,7 @@ class WorkerContext:
     store: StoreClient
     _send_progress: Callable[[Progress], None]
     _progress_sent_at: float = field(default=0.0, init=False)
+    _coordinator: Coordinator | None = field(default=None, init=False)
 
     @property
     def launch_id(self) -> str:
@@ -79,6 +82,15 @@ class WorkerContext:
     def device(self) -> str:
         """``"cpu"`` or ``"cuda:N"``."""
         return self.facts.device
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """The launch's coordinator: broadcasts and gathers of bytes, and barriers, over ``store``; made when it is first asked for."""
+        if self._coordinator is None:
+            from .store_coordinator import StoreCoordinator
+
+            self._coordinator = StoreCoordinator(self.facts, self.store, name="worker", timeout_s=self.store.timeout_s)
+        return self._coordinator
 
     def report_progress(self, done: int, total: int, what: str) -> None:
         """Tell the driver how far ``setup`` is, in any unit; sent at most ten times a second, and always at the end."""

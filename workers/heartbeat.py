@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import zmq
 
     from ..transport.records import Hello
+    from ..transport.sockets import StepSubscriber
     from .context import RankStatus
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -22,12 +23,20 @@ class Heartbeat:
     """Sends a ``Beat`` each ``period_s`` over a connection of its own, which the thread opens and closes."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, hello: Hello, status: RankStatus, *, period_s: float
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        hello: Hello,
+        status: RankStatus,
+        subscriber: StepSubscriber,
+        *,
+        period_s: float,
     ) -> None:
         self._context = context
         self._endpoint = endpoint
         self._hello = hello
         self._status = status
+        self._subscriber = subscriber  # only its counters: the socket is the main thread's
         self._period_s = period_s
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="zspmd-heartbeat", daemon=True)
@@ -53,8 +62,18 @@ class Heartbeat:
             client.close()
 
     def _beat(self) -> Beat:
-        status = self._status
-        return Beat(phase=status.phase, seq=status.seq, done_seq=status.done_seq, step_id=status.step_id, memory_bytes=resident_bytes())
+        status, subscriber = self._status, self._subscriber
+        return Beat(
+            phase=status.phase,
+            seq=status.seq,
+            done_seq=status.done_seq,
+            step_id=status.step_id,
+            done_step_id=status.done_step_id,
+            memory_bytes=resident_bytes(),
+            foreign_frames=subscriber.dropped_foreign,
+            duplicate_frames=subscriber.dropped_duplicates,
+            gaps=subscriber.gaps,
+        )
 
 
 def resident_bytes() -> int:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import BadFrameError
 from ..transport.codec import ValueEncoder, decode_value
 from ..transport.frames import Buffer, ResultKind, StepFrame, StepKind
 from ..transport.records import Failure
 from ..transport.schema import pack_record
-from ..transport.sockets import ResultPusher, StepSubscriber
 from .context import RankStatus
 from .worker import Worker, find_rpc
 
@@ -21,14 +20,39 @@ MAX_TRACEBACK = 131_072
 IDLE_MS = 1000  # how often an idle rank looks whether its parent lives
 
 
+class FrameSource(Protocol):
+    """Where steps and calls come from: a ``StepSubscriber``, or a recording."""
+
+    def receive(self, timeout_ms: int) -> StepFrame | None:
+        """Return the next frame; None when ``timeout_ms`` passed without one."""
+
+
+class AnswerSink(Protocol):
+    """Where answers go: a ``ResultPusher``, or a comparison with what was recorded."""
+
+    rank: int
+
+    def push(
+        self,
+        kind: ResultKind,
+        seq: int,
+        body: bytes = b"",
+        buffers: Sequence[Buffer] = (),
+        *,
+        busy_us: int = 0,
+        received_ns: int = 0,
+    ) -> None:
+        """Take one answer; the buffers are the caller's again when it returns."""
+
+
 class StepLoop:
     """Runs a worker from the SYNC frame to the STOP frame."""
 
     def __init__(
         self,
         worker: Worker,
-        subscriber: StepSubscriber,
-        pusher: ResultPusher,
+        subscriber: FrameSource,
+        pusher: AnswerSink,
         status: RankStatus,
         *,
         output_ranks: Sequence[int],
@@ -55,23 +79,24 @@ class StepLoop:
             if frame.kind is StepKind.STOP:
                 self._pusher.push(ResultKind.BYE, frame.seq)
                 return
-            handlers[frame.kind](frame, time.perf_counter_ns())
+            handlers[frame.kind](frame, time.monotonic_ns())
             self._status.done_seq = frame.seq
 
-    def _sync(self, frame: StepFrame, started_ns: int) -> None:
+    def _sync(self, frame: StepFrame, received_ns: int) -> None:
         self._pusher.push(ResultKind.SYNC_ACK, frame.seq)
 
-    def _step(self, frame: StepFrame, started_ns: int) -> None:
+    def _step(self, frame: StepFrame, received_ns: int) -> None:
         self._status.step_id += 1
         self._status.phase = "step"
         output = self._worker.step(decode_value(frame.body, frame.buffers))
         if self._answers_steps:
             body, buffers = self._encoder.encode(output)
-            self._pusher.push(ResultKind.OUTPUT, frame.seq, body, buffers, busy_us=_busy_us(started_ns))
+            self._push(ResultKind.OUTPUT, frame, received_ns, body, buffers)
         else:
-            self._pusher.push(ResultKind.ACK, frame.seq, busy_us=_busy_us(started_ns))
+            self._push(ResultKind.ACK, frame, received_ns)
+        self._status.done_step_id = self._status.step_id
 
-    def _call(self, frame: StepFrame, started_ns: int) -> None:
+    def _call(self, frame: StepFrame, received_ns: int) -> None:
         name, args, kwargs, ranks = _check_call(decode_value(frame.body, frame.buffers))
         if self._pusher.rank not in ranks:
             self._pusher.push(ResultKind.ACK, frame.seq)
@@ -82,7 +107,11 @@ class StepLoop:
             body, buffers = self._encoder.encode(find_rpc(self._worker, name)(*args, **kwargs))
         except Exception as error:  # of the called method: the caller gets it, the rank goes on
             kind, body = ResultKind.CALL_ERROR, pack_record(describe_failure(error, self._status))
-        self._pusher.push(kind, frame.seq, body, buffers, busy_us=_busy_us(started_ns))
+        self._push(kind, frame, received_ns, body, buffers)
+
+    def _push(self, kind: ResultKind, frame: StepFrame, received_ns: int, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> None:
+        busy_us = (time.monotonic_ns() - received_ns) // 1000
+        self._pusher.push(kind, frame.seq, body, buffers, busy_us=busy_us, received_ns=received_ns)
 
 
 def describe_failure(error: BaseException, status: RankStatus) -> Failure:
@@ -100,10 +129,6 @@ def describe_failure(error: BaseException, status: RankStatus) -> Failure:
 def _printable(text: str) -> str:
     """Escape lone surrogates, as in the file names of ``os.fsdecode``: they cannot be sent."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _busy_us(started_ns: int) -> int:
-    return (time.perf_counter_ns() - started_ns) // 1000
 
 
 def _check_call(value: Any) -> tuple[str, list[Any], dict[str, Any], list[int]]:

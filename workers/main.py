@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,19 +17,19 @@ from collections.abc import Callable
 
 import zmq
 
-from .. import __version__
 from ..config import ParallelConfig
 from ..errors import ConfigError, LaunchError, ProtocolError
-from ..process import take_bootstrap
 from ..transport.codec import decode_value
 from ..transport.frames import ResultKind
-from ..transport.records import Bootstrap, Hello, Reject, Welcome, unpack_record
+from ..transport.records import Bootstrap, Reject, Welcome
 from ..transport.schema import pack_record
 from ..transport.sockets import ControlClient, ResultPusher, StepSubscriber
-from .context import RankFacts, RankStatus, WorkerContext
+from .bootstrap import hello, rank_facts, read_bootstrap
+from .context import RankStatus, WorkerContext
 from .heartbeat import Heartbeat
 from .loop import StepLoop, describe_failure
 from .mesh import Mesh
+from .recording import PeerLog, RecordingMesh, RecordingStore
 from .store_client import StoreClient
 from .torch_bridge import register_torch
 from .worker import Worker
@@ -43,7 +44,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
     register_torch()
-    bootstrap = _read_bootstrap()
+    bootstrap = read_bootstrap()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         return _serve(context, bootstrap)
@@ -56,18 +57,21 @@ def _serve(context: zmq.Context[zmq.Socket[bytes]], bootstrap: Bootstrap) -> int
     with open("/proc/self/comm", "w") as name:  # what top and ps -e show: a forked rank would go by the zygote's name
         name.write(f"zspmd-rank{rank}")
     control = ControlClient(context, bootstrap.control_endpoint)
-    control.send(_hello(bootstrap, rank, "rank"))
+    control.send(hello(bootstrap, rank, "rank"))
     welcome, worker_args = _receive_welcome(control)
     status = RankStatus()
-    beat = Heartbeat(context, bootstrap.control_endpoint, _hello(bootstrap, rank, "beat"), status, period_s=welcome.beat_s)
     pusher = ResultPusher(context, welcome.result_endpoint, epoch=welcome.epoch, rank=rank)
-    subscriber = StepSubscriber(context, welcome.step_endpoint, epoch=welcome.epoch, rank=rank)
+    subscriber = StepSubscriber(
+        context, welcome.step_endpoint, epoch=welcome.epoch, rank=rank, on_gap=lambda seq: pusher.push(ResultKind.GAP, seq)
+    )
+    beat = Heartbeat(context, bootstrap.control_endpoint, hello(bootstrap, rank, "beat"), status, subscriber, period_s=welcome.beat_s)
     with contextlib.ExitStack() as stack:
         beat.start()
         stack.callback(beat.stop)
         try:
-            store = StoreClient(context, bootstrap.control_endpoint, _hello(bootstrap, rank, "store"), timeout_s=welcome.collective_s)
-            worker = _create_worker(welcome, bootstrap, store, control)
+            store = StoreClient(context, bootstrap.control_endpoint, hello(bootstrap, rank, "store"), timeout_s=welcome.collective_s)
+            log = PeerLog.create(welcome.recording, rank, epoch=welcome.epoch) if welcome.recording else None
+            worker = _create_worker(welcome, store, control, log)
             worker.setup(**worker_args)
             loop = StepLoop(worker, subscriber, pusher, status, output_ranks=welcome.output_ranks, check_parent=_parent_check())
             loop.run()
@@ -78,21 +82,16 @@ def _serve(context: zmq.Context[zmq.Socket[bytes]], bootstrap: Bootstrap) -> int
             pusher.close()
             return 1
         worker.ctx.mesh.close()
+        if log is not None:
+            log.close()
     return 0
 
 
-def _create_worker(welcome: Welcome, bootstrap: Bootstrap, store: StoreClient, control: ControlClient) -> Worker:
+def _create_worker(welcome: Welcome, store: StoreClient, control: ControlClient, log: PeerLog | None) -> Worker:
     parallel = ParallelConfig(tp=welcome.tp, pp=welcome.pp, dp=welcome.dp, ep=welcome.ep)
-    facts = RankFacts(
-        launch_id=bootstrap.launch_id,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
-        host=os.uname().nodename,
-        device=welcome.device,
-    )
-    mesh = Mesh(
+    facts = rank_facts(welcome.device)
+    build_mesh = Mesh if log is None else functools.partial(RecordingMesh, log)
+    mesh = build_mesh(
         parallel,
         facts.rank,
         device=facts.device,
@@ -102,7 +101,7 @@ def _create_worker(welcome: Welcome, bootstrap: Bootstrap, store: StoreClient, c
         timeout_s=welcome.collective_s,
     )
     worker = import_worker(welcome.worker, welcome.main_path)()
-    worker.ctx = WorkerContext(facts, mesh, store, control.send)
+    worker.ctx = WorkerContext(facts, mesh, store if log is None else RecordingStore(log, store), control.send)
     return worker
 
 
@@ -139,18 +138,6 @@ def _import_main(path: str) -> object:
         del sys.modules[MAIN_MODULE]
         raise
     return module
-
-
-def _read_bootstrap() -> Bootstrap:
-    record = unpack_record(take_bootstrap())
-    if not isinstance(record, Bootstrap):
-        raise ProtocolError(f"the bootstrap fd holds a {type(record).__name__}")
-    return record
-
-
-def _hello(bootstrap: Bootstrap, rank: int, purpose: str) -> Hello:
-    host = os.uname().nodename[:256]
-    return Hello(token=bootstrap.token, rank=rank, pid=os.getpid(), host=host, version=__version__, purpose=purpose)
 
 
 def _receive_welcome(control: ControlClient) -> tuple[Welcome, dict[str, object]]:

@@ -4,10 +4,8 @@
                \\________\\_________/
                  a fault: every await raises the first cause, the ranks are ended
 
-Each step is encoded once and published once. Answers are counted down in the reader's callback, so a step costs one object and one
-wake-up however many ranks there are.
-
-The file passes 350 lines because the docstrings of the public methods are the contract of this package.
+``StepStream`` has the frames on their way, ``GroupProcesses`` the processes and sockets, ``FaultLog`` decides which failure came first;
+the group holds them together. The file passes 350 lines because its public docstrings are the contract of this package.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -28,19 +26,19 @@ from ...errors import (
     InternalError,
     PeerLostError,
     ProtocolError,
+    StepGapError,
     WorkerError,
     ZspmdError,
 )
-from ...transport.codec import ValueEncoder, decode_value
 from ...transport.frames import ResultFrame, ResultKind, StepKind
-from ...transport.records import Failure, unpack_record
-from ...transport.window import CreditWindow
+from ...transport.records import Failure
+from .events import EventLog, GroupEvent
 from .faults import SETTLE_S, FaultLog
-from .gate import WindowGate
 from .launching import GroupConfig, check_ranks
 from .pending import PendingReply
 from .processes import GroupProcesses
 from .statistics import GroupStatistics, RankHealth
+from .step_stream import StepStream, read_failure
 
 
 class WorkerGroup:
@@ -52,9 +50,10 @@ class WorkerGroup:
 
     def __init__(self, config: GroupConfig) -> None:
         self.config = config
-        self._encoder = ValueEncoder()
+        self._events = EventLog()
         self._processes = GroupProcesses(
             config,
+            self._events,
             on_subscribed=self._publish_sync,
             on_result=self._on_result,
             on_exit=self._on_exit,
@@ -63,10 +62,9 @@ class WorkerGroup:
         )
         self._reports = self._processes.reports
         self._faults = FaultLog(self._reports.identity, self._processes.log_tail)
-        self._statistics = GroupStatistics()
-        self._window = CreditWindow(size=config.window, num_ranks=self.world_size)
-        self._pending: dict[int, PendingReply] = {}
-        self._gate = WindowGate(self._window)
+        self._stream = StepStream(
+            self._processes, window=config.window, num_ranks=self.world_size, overdue=self._overdue, call_error=self._call_error
+        )
         self._num_steps = 0
         self._is_started = False
         self._is_ready = False
@@ -84,6 +82,11 @@ class WorkerGroup:
     @property
     def world_size(self) -> int:
         return self.config.parallel.world_size
+
+    @property
+    def fault(self) -> ZspmdError | None:
+        """What the group failed with, or None; every use of it raises that."""
+        return self._fault
 
     async def __aenter__(self) -> WorkerGroup:
         await self.start()
@@ -116,6 +119,7 @@ class WorkerGroup:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ready.add_done_callback(_see)  # what start raises may be another error
+        self._stream.open(self._loop)
         try:
             await self._start_processes()
         except BaseException:
@@ -123,6 +127,7 @@ class WorkerGroup:
             await self.aclose(abort=True)
             raise
         self._is_ready = True
+        self._events.emit("ready", detail=f"{self.world_size} ranks")
 
     async def _start_processes(self) -> None:
         """Wait for processes and set-up together: a rank may fail while others are still being started, and is then the cause."""
@@ -166,9 +171,9 @@ class WorkerGroup:
         """
         limit = self._limit(timeout_s)
         await self._wait_for_room()
-        pending = self._publish(StepKind.STEP, inputs, self._num_steps, self.config.output_ranks, limit)
+        pending = self._stream.ask(StepKind.STEP, inputs, self._num_steps, self.config.output_ranks, limit)
         self._num_steps += 1
-        self._statistics.steps += 1
+        self._stream.statistics.steps += 1
         return pending
 
     async def call(
@@ -191,8 +196,8 @@ class WorkerGroup:
         limit = self._limit(timeout_s)
         asked = check_ranks("ranks", "all" if ranks is None else ranks, self.world_size)
         await self._wait_for_room()
-        pending = self._publish(StepKind.CALL, [method, list(args), kwargs, list(asked)], None, asked, limit)
-        self._statistics.calls += 1
+        pending = self._stream.ask(StepKind.CALL, [method, list(args), kwargs, list(asked)], None, asked, limit)
+        self._stream.statistics.calls += 1
         return await pending
 
     def health(self) -> list[RankHealth]:
@@ -203,10 +208,19 @@ class WorkerGroup:
     def statistics(self) -> GroupStatistics:
         """Return the group's counters and histograms; the object goes on counting."""
         self._check_started()
-        self._statistics.in_flight = self._window.in_flight
-        self._statistics.sent_bytes = self._processes.publisher.sent_bytes
-        self._statistics.foreign_frames = self._processes.collector.dropped_foreign
-        return self._statistics
+        statistics = self._stream.statistics
+        statistics.in_flight = self._stream.in_flight
+        statistics.sent_bytes = self._processes.publisher.sent_bytes
+        statistics.replayed_frames = self._processes.publisher.replayed
+        statistics.foreign_frames = self._processes.collector.dropped_foreign
+        return statistics
+
+    def events(self) -> AsyncIterator[GroupEvent]:
+        """Return a stream of what happens to the group: from the first event on, however late it is asked for, to ``closed``.
+
+        Any number of streams may be read at once, before the start and after the end too. The last 1,000 events are kept.
+        """
+        return self._events.stream()
 
     async def aclose(self, *, abort: bool = False) -> None:
         """End the ranks and remove everything the launch made; may be called again.
@@ -229,6 +243,7 @@ class WorkerGroup:
         await asyncio.shield(self._close_task)
 
     async def _close(self, abort: bool) -> None:
+        self._events.emit("closing")
         drain_s = self.config.deadlines.drain_s
         closed = ClosedError(f"group {self.launch_id} is closed; launch a new one")
         if not self._ready.done():
@@ -236,7 +251,7 @@ class WorkerGroup:
         graceful = self._is_ready and not abort and self._fault is None
         try:
             if graceful:
-                await self._drain(drain_s)
+                await self._stream.drain(drain_s)
             self._is_closing = True
             if graceful and self._fault is None:
                 self._stop_ranks()
@@ -244,28 +259,25 @@ class WorkerGroup:
             await self._processes.stop(grace_s=drain_s if graceful and self._fault is None else 0.0)
         finally:
             self._is_closing = True
-            self._fail_pending(self._fault or closed)
+            self._stream.fail(self._fault or closed)
+            self._stream.close()
             self._processes.close()
+            self._events.emit("closed")
         if graceful and self._fault is None and self._faults:
             self._fault = self._faults.first_cause()
         is_told = self._is_fault_told or any(pending.has_raised for pending in self._failed)
         if self._fault is not None and not abort and not is_told:
             raise self._fault
 
-    async def _drain(self, drain_s: float) -> None:
-        """Wait for what is in flight, up to ``drain_s``; whoever awaits it gets the outcome, so it is of no interest here."""
-        if self._pending:
-            await asyncio.wait([pending.wait_done() for pending in self._pending.values()], timeout=drain_s)
-
     def _stop_ranks(self) -> None:
         with contextlib.suppress(BackpressureError):  # a rank that does not read is ended by signals
-            self._window.opened(self._processes.publish(StepKind.STOP))
+            self._stream.publish(StepKind.STOP)
 
     # publishing
 
     async def _wait_for_room(self) -> None:
         self._check_open()
-        await self._gate.wait(self.config.deadlines.step_s)
+        await self._stream.wait_for_room(self.config.deadlines.step_s)
         self._check_open()
 
     def _limit(self, timeout_s: float | None) -> float:
@@ -274,21 +286,9 @@ class WorkerGroup:
             raise ConfigError(f"timeout_s is {limit!r}; it must be a number of seconds above 0")
         return limit
 
-    def _publish(self, kind: StepKind, value: Any, step_id: int | None, ranks: Sequence[int], limit: float) -> PendingReply:
-        try:
-            seq = self._processes.publish(kind, *self._encoder.encode(value))
-        except BaseException:
-            self._gate.grant()  # the room that this caller waited for is the next one's
-            raise
-        self._window.opened(seq)
-        pending = PendingReply(self._loop, seq, step_id, ranks, published_at=time.monotonic())
-        pending.expire_after(limit, self._overdue)
-        self._pending[seq] = pending
-        return pending
-
     def _publish_sync(self) -> None:
         """Every rank has subscribed: ask for the round trip that proves both directions, once each has set up."""
-        self._window.opened(self._processes.publish(StepKind.SYNC))
+        self._stream.publish(StepKind.SYNC)
 
     # collecting
 
@@ -296,39 +296,21 @@ class WorkerGroup:
         """Take one answer. A rank that breaks the protocol ends the group: what it has done is not known any more."""
         try:
             self._take(frame)
+        except (StepGapError, BackpressureError) as error:  # of a replay: the rank can never go on
+            self._fail(error)
         except (ProtocolError, InternalError) as error:
             broken = ProtocolError(f"rank {frame.rank} answered frame {frame.seq} with what it must not: {error}")
             broken.__cause__ = error
             self._fail(broken)
 
     def _take(self, frame: ResultFrame) -> None:
-        kind = frame.kind
-        if kind is ResultKind.ERROR:
-            self._faults.raised(frame.rank, _failure(frame))
+        if frame.kind is ResultKind.ERROR:
+            self._faults.raised(frame.rank, read_failure(frame))
             self._settle()
             return
-        if self._window.acknowledged(frame.rank, frame.seq):
-            self._gate.grant()
-        if kind is ResultKind.OUTPUT or kind is ResultKind.REPLY:
-            self._answer(frame, decode_value(frame.body, frame.buffers))
-        elif kind is ResultKind.CALL_ERROR:
-            pending = self._pending.pop(frame.seq, None)
-            if pending is None or pending.is_done:
-                self._statistics.late_answers += 1
-            else:
-                pending.fail(self._call_error(frame.rank, _failure(frame)))
-        elif kind is ResultKind.SYNC_ACK and not self._window.in_flight and not self._ready.done():
+        self._stream.take(frame)
+        if frame.kind is ResultKind.SYNC_ACK and not self._stream.in_flight and not self._ready.done():
             self._ready.set_result(None)
-
-    def _answer(self, frame: ResultFrame, value: Any) -> None:
-        pending = self._pending.get(frame.seq)
-        if pending is None or pending.is_done:
-            self._statistics.late_answers += 1
-            self._pending.pop(frame.seq, None)
-        elif pending.answer(frame.rank, value):
-            del self._pending[frame.seq]
-            self._statistics.round_trip.record(time.monotonic() - pending.published_at)
-            self._statistics.busy.record(frame.busy_us / 1e6)
 
     # failing
 
@@ -367,26 +349,25 @@ class WorkerGroup:
         if self._fault is not None or self._is_closing:
             return
         self._fault = error
-        self._is_fault_told = self._gate.has_waiters
-        self._failed = list(self._pending.values())
+        if self.config.recorder is not None:
+            self.config.recorder.failed(error)
+        self._events.emit("failed", error.rank if isinstance(error, WorkerError) else None, str(error))
+        self._is_fault_told = self._stream.has_waiters
+        self._failed = self._stream.pending
         self._processes.kill_nowait()
-        self._fail_pending(error)
+        self._stream.fail(error)
         if not self._ready.done():
             self._ready.set_exception(error)
 
-    def _fail_pending(self, error: ZspmdError) -> None:
-        for pending in self._pending.values():
-            pending.fail(error)
-        self._pending.clear()
-        self._gate.fail(error)
-
     def _on_ready_timeout(self) -> None:
         if not self._ready.done():
-            has_synced = self._window.in_flight > 0  # before that, some have not subscribed
-            self._ready.set_exception(self._processes.not_ready(self._window.missing(0) if has_synced else None))
+            has_synced = self._stream.in_flight > 0  # before that, some have not subscribed
+            self._ready.set_exception(self._processes.not_ready(self._stream.missing(0) if has_synced else None))
 
-    def _overdue(self, pending: PendingReply) -> WorkerError:
-        return self._reports.overdue(pending, self._window.missing(pending.seq) or pending.missing)
+    def _overdue(self, pending: PendingReply, missing: Sequence[int]) -> WorkerError:
+        error = self._reports.overdue(pending, missing)
+        self._events.emit("stalled", error.rank, str(error.args[0]))
+        return error
 
     def _call_error(self, rank: int, failure: Failure) -> WorkerError:
         log = FaultLog(self._reports.identity, self._processes.log_tail)
@@ -412,10 +393,3 @@ def _see(ready: asyncio.Future[None]) -> None:
     """Mark an exception as seen, so that asyncio doesn't complain of one that nobody awaits."""
     if not ready.cancelled():
         ready.exception()
-
-
-def _failure(frame: ResultFrame) -> Failure:
-    record = unpack_record(frame.body)
-    if not isinstance(record, Failure):
-        raise InternalError(f"rank {frame.rank} sent a {type(record).__name__} as the reason of a failure")
-    return record

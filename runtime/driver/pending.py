@@ -6,28 +6,43 @@ import asyncio
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from ...errors import ResultTakenError
+
 
 class PendingReply:
-    """Await it for the list of the ranks' answers, in the order of ``ranks``. Cancelling an await loses nothing.
+    """Await it, once, for the list of the ranks' answers in the order of ``ranks``.
+
+    The answers are the awaiter's alone from then on, so that large ones live no longer than it wants; a second await raises
+    ResultTakenError. An await that is cancelled has taken nothing, and an error is raised from every await.
 
     Attributes:
         seq: the frame that asked.
         step_id: the step, or None for a call.
         ranks: who answers.
+        asked_ns, published_ns: on the monotonic clock, before and after the inputs were encoded.
         has_raised: whether an await got the error.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, seq: int, step_id: int | None, ranks: Sequence[int], *, published_at: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        seq: int,
+        step_id: int | None,
+        ranks: Sequence[int],
+        *,
+        asked_ns: int,
+        published_ns: int,
     ) -> None:
         self.seq = seq
         self.step_id = step_id
         self.ranks = ranks
-        self.published_at = published_at
+        self.asked_ns = asked_ns
+        self.published_ns = published_ns
         self._loop = loop
         self._answers: dict[int, Any] = {}
         self._error: BaseException | None = None
         self._is_done = False
+        self._is_taken = False
         self.has_raised = False
         self._waiters: list[asyncio.Future[None]] = []
         self._callbacks: list[Callable[[], None]] = []
@@ -41,7 +56,7 @@ class PendingReply:
     @property
     def missing(self) -> list[int]:
         """The ranks that have not answered."""
-        return [rank for rank in self.ranks if rank not in self._answers]
+        return [] if self._is_taken else [rank for rank in self.ranks if rank not in self._answers]
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
         if not self._is_done:
@@ -49,7 +64,12 @@ class PendingReply:
         if self._error is not None:
             self.has_raised = True
             raise self._error.with_traceback(None)  # one error for many awaits: each begins its own traceback
-        return [self._answers[rank] for rank in self.ranks]
+        if self._is_taken:
+            what = "a call" if self.step_id is None else f"step {self.step_id}"
+            raise ResultTakenError(f"the answers to {what} were awaited before; await once and keep the list")
+        self._is_taken = True
+        answers, self._answers = self._answers, {}
+        return [answers[rank] for rank in self.ranks]
 
     def wait_done(self) -> asyncio.Future[None]:
         """Return a future for the end, whichever it is; it never raises."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-from ...errors import LaunchError, PeerLostError, ReadyTimeoutError
+from ...errors import LaunchError, PeerLostError, ReadyTimeoutError, describe_exit
 from ...transport.codec import ValueEncoder
 from ...transport.frames import Buffer, ResultFrame, StepKind
 from ...transport.reader import SocketReader
@@ -27,6 +27,7 @@ from ..launch.ports import reserve_port
 from ..launch.run_directory import RunDirectory
 from ..launch.supervisor import AgentLost, Event, NodeSupervisor
 from .control import ControlHub, RankRecord
+from .events import EventLog
 from .launching import GroupConfig
 from .reports import RankReports
 
@@ -44,6 +45,7 @@ class GroupProcesses:
     def __init__(
         self,
         config: GroupConfig,
+        events: EventLog,
         *,
         on_subscribed: Callable[[], None],
         on_result: Callable[[ResultFrame], None],
@@ -52,6 +54,7 @@ class GroupProcesses:
         on_broken: Callable[[Exception], None],
     ) -> None:
         self._config = config
+        self._events = events
         self._on_subscribed = on_subscribed
         self._on_result = on_result
         self._on_exit = on_exit
@@ -72,6 +75,7 @@ class GroupProcesses:
         Raises:
             EndpointInUseError: a live launch has this launch id.
             LaunchError: a rank could not be started.
+            ConfigError: the recording cannot be made.
             TypeError, ValueError: something in ``worker_args`` may not travel.
         """
         config = self._config
@@ -88,6 +92,10 @@ class GroupProcesses:
             run_directory=str(self.run_directory.path),
             devices=config.devices,
         )
+        if config.recorder is not None:
+            self._cleanups.append(config.recorder.close)
+            threads = plan.rank_environment(0)["OMP_NUM_THREADS"]
+            config.recorder.starting(config, self._epoch, self._worker_args, omp_num_threads=threads)
         bootstrap = Bootstrap(launch_id=config.launch_id, control_endpoint=self.run_directory.endpoint("control"), token=self._token)
         secret = pack_record(bootstrap)
         self._supervisor = NodeSupervisor(
@@ -125,8 +133,21 @@ class GroupProcesses:
     def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
         """Publish one frame to every rank; raises as ``StepPublisher.publish``."""
         seq = self.publisher.publish(kind, body, buffers)
+        if self._config.recorder is not None:
+            self._config.recorder.published(kind, seq, body, buffers)
         self._subscription_reader.poke()
         return seq
+
+    def replay(self, rank: int, seq: int) -> None:
+        """Send frame ``seq`` and what followed it to one rank again; raises as ``StepPublisher.replay``."""
+        count = self.publisher.replay(rank, seq)
+        self._subscription_reader.poke()
+        self._events.emit("replayed", rank, f"{count} frames from {seq} on")
+
+    def tick(self) -> None:
+        """Remind the ranks of the last frame's number; raises as ``StepPublisher.tick``."""
+        self.publisher.tick()
+        self._subscription_reader.poke()
 
     def log_tail(self, rank: int) -> list[str]:
         """Return the last lines that a rank printed."""
@@ -164,6 +185,8 @@ class GroupProcesses:
     def _read_result(self) -> None:
         frame = self.collector.receive()
         if frame is not None:
+            if self._config.recorder is not None:
+                self._config.recorder.answered(frame)
             self._on_result(frame)
 
     def _read_subscription(self) -> None:
@@ -180,6 +203,7 @@ class GroupProcesses:
 
     def _welcome(self, rank: RankRecord) -> None:
         config = self._config
+        self._events.emit("connected", rank.rank, f"pid {rank.pid} on {rank.host}")
         welcome = Welcome(
             epoch=self._epoch,
             step_endpoint=self.run_directory.endpoint("step"),
@@ -195,6 +219,7 @@ class GroupProcesses:
             communicator=config.communicator,
             beat_s=config.deadlines.beat_s,
             collective_s=config.deadlines.collective_s,
+            recording=config.recorder.path if config.recorder is not None else "",
         )
         assert rank.connection is not None
         self.control.send(rank.connection, welcome, *self._worker_args)
@@ -210,9 +235,11 @@ class GroupProcesses:
                 self._log(event.rank, event.stream, line)
         elif isinstance(event, RankExited):
             self._result_reader.drain()  # an error that the rank sent before it ended comes first
+            self._events.emit("exited", event.rank, f"pid {event.pid} {describe_exit(event.exit_code)}")
             self._on_exit(event.rank, event.exit_code)
         elif isinstance(event, RankStarted):
             self.control.ranks[event.rank].pid = event.pid
+            self._events.emit("started", event.rank, f"pid {event.pid}")
         elif isinstance(event, AgentLost):
             self._on_error(PeerLostError(f"the agent that supervises the ranks is gone: {event.reason}"))
         elif isinstance(event, AgentGone) and event.left:

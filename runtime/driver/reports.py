@@ -37,7 +37,7 @@ class RankReports:
     def overdue(self, pending: PendingReply, missing: Sequence[int]) -> WorkerStalledError:
         """Return the error of a step or call that ``missing`` ranks have not done; blames the one that is furthest behind."""
         what = "the call" if pending.step_id is None else f"step {pending.step_id}"
-        waited = time.monotonic() - pending.published_at
+        waited = time.monotonic() - pending.published_ns / 1e9
         listed = ", ".join(self._describe(rank) for rank in missing)
         behind = min(missing, key=self._last_seq)
         return self._stalled(behind, f"no answer to {what} within {waited:.3g} s; not done with it are {listed}", missing)
@@ -76,8 +76,20 @@ class RankReports:
     def _health(self, record: RankRecord) -> RankHealth:
         beat, age = record.beat, None if record.beat_at is None else time.monotonic() - record.beat_at
         if beat is None:
-            return RankHealth(record.rank, "starting", record.pid, record.host, -1, None, 0)
-        return RankHealth(record.rank, beat.phase, record.pid, record.host, beat.step_id, age, beat.memory_bytes)
+            return RankHealth(record.rank, "starting", record.pid, record.host, -1, -1, None, 0)
+        return RankHealth(
+            record.rank,
+            beat.phase,
+            record.pid,
+            record.host,
+            beat.step_id,
+            beat.done_step_id,
+            age,
+            beat.memory_bytes,
+            beat.foreign_frames,
+            beat.duplicate_frames,
+            beat.gaps,
+        )
 
     def _describe(self, rank: int) -> str:
         health = self._health(self._records()[rank])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.groups import DEADLINES, launch
@@ -14,7 +14,15 @@ from support.leaks import LeakCheck
 from support.polling import wait_until
 
 import zspmd
-from zspmd.errors import BackpressureError, ClosedError, ConfigError, TopologyError, WorkerRaisedError, WorkerStalledError
+from zspmd.errors import (
+    BackpressureError,
+    ClosedError,
+    ConfigError,
+    TopologyError,
+    WorkerExitedError,
+    WorkerRaisedError,
+    WorkerStalledError,
+)
 
 pytestmark = pytest.mark.usefixtures("leak_check")
 
@@ -175,15 +183,29 @@ async def test_an_asker_that_gives_up_on_its_turn_passes_the_room_on(tmp_path: P
         assert await (await asyncio.wait_for(third, 10.0)) == [0]
 
 
-async def test_two_awaits_of_one_step_get_the_same_answers() -> None:
-    async with launch("Echo") as group:
-        pending = await group.submit(1)
-
-        async def wait() -> list[Any]:
-            return await pending
-
-        one, two = await asyncio.gather(wait(), wait())
-        assert one == two == await pending
+async def test_events_tell_a_launch_from_its_start_to_its_end() -> None:
+    group = launch("Gate", 2)
+    early = group.events()
+    async with group:
+        with pytest.raises(WorkerStalledError):
+            await group.step({"path": "/nobody makes this", "ranks": [1]}, timeout_s=0.2)
+        os.kill(group.health()[1].pid or 0, signal.SIGKILL)
+        with pytest.raises(WorkerExitedError):
+            await group.step(None)
+    for stream in (early, group.events()):
+        events = [event async for event in stream]
+        kinds = [event.kind for event in events]
+        assert sorted((event.kind, event.rank) for event in events[:4]) == [(k, r) for k in ("connected", "started") for r in (0, 1)]
+        assert [kind for kind in kinds if kind in ("ready", "stalled", "failed", "closing", "closed")] == [
+            "ready",
+            "stalled",
+            "failed",
+            "closing",
+            "closed",
+        ]
+        assert [(event.rank, "SIGKILL" in event.detail) for event in events if event.kind == "failed"] == [(1, True)]
+        assert {event.rank for event in events if event.kind == "exited"} == {0, 1}
+        assert [event.at for event in events] == sorted(event.at for event in events)
 
 
 async def test_closing_waits_for_what_is_in_flight() -> None:
@@ -253,7 +275,8 @@ async def test_health_says_what_each_rank_is_doing(tmp_path: Path) -> None:
     async with launch("Gate") as group:
         pids = [health.pid for health in group.health()]
         pending = await group.submit({"path": str(gate), "ranks": [1]})
-        await wait_until(lambda: [health.phase for health in group.health()] == ["idle", "step"])
+        await wait_until(lambda: [(health.phase, health.step_id) for health in group.health()] == [("idle", 0), ("step", 0)])
+        assert [health.done_step_id for health in group.health()] == [0, -1]
         for rank, health in enumerate(group.health()):
             assert (health.rank, health.pid, health.host, health.step_id) == (rank, pids[rank], os.uname().nodename, 0)
             assert health.beat_age_s is not None
@@ -270,5 +293,7 @@ async def test_statistics_count_what_was_done() -> None:
         statistics = group.statistics()
         assert (statistics.steps, statistics.calls, statistics.in_flight, statistics.late_answers) == (1, 1, 0, 0)
         assert 1000 < statistics.sent_bytes < 1200
-        assert statistics.round_trip.count == statistics.busy.count == 2
-        assert 0 < statistics.busy.mean_s <= statistics.round_trip.mean_s
+        parts = (statistics.publish, statistics.transit, statistics.compute, statistics.collect)
+        assert [part.count for part in parts] == [statistics.round_trip.count] * 4 == [2] * 4
+        assert all(part.total_ns > 0 for part in parts)
+        assert sum(part.total_ns for part in parts) == statistics.round_trip.total_ns

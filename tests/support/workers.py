@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.memory import peak_bytes, reset_peak
 from support.polling import block_until
 
 import zspmd
@@ -44,6 +44,45 @@ class Echo(zspmd.Worker):
 
     def hidden(self) -> str:
         return "never called"
+
+
+class Diary(zspmd.Worker):
+    """Writes down every step that it gets."""
+
+    def setup(self) -> None:
+        self.entries: list[Any] = []
+
+    def step(self, inputs: Any) -> Any:
+        self.entries.append(inputs)
+        return inputs
+
+    @zspmd.rpc
+    def diary(self) -> list[Any]:
+        return self.entries
+
+
+class Memory(zspmd.Worker):
+    """Says by how much its memory had grown at the most."""
+
+    def setup(self) -> None:
+        self.before = reset_peak()
+        self.array: Any = None
+
+    def step(self, inputs: Any) -> Any:
+        return {"sum": int(inputs["x"].sum()), "peak_growth": self.peak_growth()}
+
+    @zspmd.rpc
+    def prepare(self, size: int) -> None:
+        self.array = np.arange(size // 8, dtype=np.int64)
+        self.before = reset_peak()
+
+    @zspmd.rpc
+    def large(self) -> Any:
+        return {"x": self.array, "sum": int(self.array.sum())}
+
+    @zspmd.rpc
+    def peak_growth(self) -> int:
+        return peak_bytes() - self.before
 
 
 class Reducer(zspmd.Worker):
@@ -144,63 +183,6 @@ class Types(zspmd.Worker):
             "bfloat16": torch.ones(3).bfloat16(),
             "weight": self.weight,
         }
-
-
-class Collectives(zspmd.Worker):
-    """Does one collective a call and answers with its result; each rank's share follows from its rank."""
-
-    def share(self, kind: str, dtype: str, shape: list[int], layout: str) -> Any:
-        import torch
-
-        rank = self.ctx.rank
-        tensor = (torch.arange(math.prod(shape)).reshape(shape) % 13 + rank).to(getattr(torch, dtype))
-        if layout == "strided":
-            wide = torch.stack([tensor, tensor + 100], dim=-1)
-            tensor = wide[..., 0]
-            assert not tensor.is_contiguous() or tensor.numel() < 2
-        return tensor.numpy() if kind == "numpy" else tensor
-
-    @zspmd.rpc
-    def collective(self, operation: str, axis: str, kind: str, dtype: str, shape: list[int], layout: str, source: int = 0) -> Any:
-        import torch
-
-        communicator = self.ctx.mesh[axis]
-        value = self.share(kind, dtype, shape, layout)
-        result = communicator.broadcast(value, source) if operation == "broadcast" else getattr(communicator, operation)(value)
-        assert (result is value) == (operation != "all_gather")
-        expected_type = torch.Tensor if kind == "torch" else np.ndarray
-        assert isinstance(result, expected_type)
-        return result
-
-    @zspmd.rpc
-    def backend(self, axis: str) -> str:
-        return type(self.ctx.mesh[axis]).__name__
-
-    @zspmd.rpc
-    def refusal(self, kind: str) -> str:
-        """Enter a collective with what none takes; only the message is of interest."""
-        value: Any = [1.0] if kind == "list" else np.frombuffer(bytes(8), np.float64)
-        try:
-            self.ctx.mesh["tp"].all_reduce(value)
-        except (TypeError, ValueError) as error:
-            return str(error)
-        return "taken"
-
-    @zspmd.rpc
-    def barrier(self, path: str, late_rank: int) -> bool:
-        """Whether, after a barrier, the file is there that the late rank made before it."""
-        if self.ctx.rank == late_rank:
-            with open(path, "w"):
-                pass
-        self.ctx.mesh["world"].barrier()
-        return os.path.exists(path)
-
-    @zspmd.rpc
-    def repeat(self, count: int) -> float:
-        total = np.zeros(1)
-        for number in range(count):
-            total += self.ctx.mesh["tp"].all_reduce(np.full(1, float(number)))
-        return float(total[0])
 
 
 class StoreUser(zspmd.Worker):

@@ -1,18 +1,20 @@
-"""An answer on its way: counted down by ranks, awaited as often as one likes."""
+"""An answer on its way: counted down by ranks, awaited once."""
 
 from __future__ import annotations
 
 import asyncio
+import weakref
 
+import numpy as np
 import pytest
 
-from zspmd.errors import ClosedError, WorkerStalledError
+from zspmd.errors import ClosedError, ResultTakenError, WorkerStalledError
 from zspmd.runtime.driver.pending import PendingReply
 
 
 def make(ranks: tuple[int, ...] = (2, 0)) -> PendingReply:
     loop = asyncio.get_running_loop()
-    return PendingReply(loop, 5, 1, ranks, published_at=loop.time())
+    return PendingReply(loop, 5, 1, ranks, asked_ns=0, published_ns=0)
 
 
 async def started(pending: PendingReply) -> asyncio.Task[list[object]]:
@@ -37,12 +39,25 @@ async def test_answers_come_in_the_order_of_the_ranks_asked() -> None:
     assert await task == ["two", "zero"]
 
 
-async def test_several_awaits_get_the_same_answers_and_so_does_a_later_one() -> None:
+async def test_the_first_await_takes_the_answers_and_every_other_is_an_error() -> None:
     pending = make((0,))
     tasks = [await started(pending) for _ in range(3)]
     pending.answer(0, 7)
-    assert await asyncio.gather(*tasks) == [[7], [7], [7]]
-    assert await pending == [7]
+    first, *others = await asyncio.gather(*tasks, return_exceptions=True)
+    assert first == [7]
+    for error in (*others, (await asyncio.gather(pending, return_exceptions=True))[0]):
+        assert isinstance(error, ResultTakenError)
+        assert str(error) == "the answers to step 1 were awaited before; await once and keep the list"
+
+
+async def test_the_answers_are_not_kept_once_they_are_taken() -> None:
+    pending = make((0,))
+    pending.answer(0, answer := np.zeros(1))
+    alive = weakref.ref(answer)
+    del answer
+    assert (await pending)[0].size == 1
+    assert alive() is None
+    assert pending.missing == []
 
 
 async def test_a_cancelled_await_loses_nothing() -> None:
@@ -54,7 +69,6 @@ async def test_a_cancelled_await_loses_nothing() -> None:
     other = await started(pending)
     pending.answer(0, 7)
     assert await other == [7]
-    assert await asyncio.wait_for(pending, 1.0) == [7]
 
 
 async def test_an_error_reaches_every_await_and_is_noted() -> None:

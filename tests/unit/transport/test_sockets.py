@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,10 @@ class StepPair:
 
     def __init__(self, context: Context, num_ranks: int) -> None:
         self.publisher = StepPublisher(context, "inproc://step", epoch=EPOCH)
-        self.subscribers = [StepSubscriber(context, "inproc://step", epoch=EPOCH, rank=rank) for rank in range(num_ranks)]
+        self.gaps: list[tuple[int, int]] = []  # (rank, frame) in the order of asking
+        self.subscribers = [
+            StepSubscriber(context, "inproc://step", epoch=EPOCH, rank=rank, on_gap=partial(self.on_gap, rank)) for rank in range(num_ranks)
+        ]
         self.joined: list[int] = []
         while len(self.joined) < num_ranks:
             assert self.publisher.socket.poll(WAIT_MS)
@@ -44,6 +48,9 @@ class StepPair:
             if change is not None:
                 assert change[1]
                 self.joined.append(change[0])
+
+    def on_gap(self, rank: int, seq: int) -> None:
+        self.gaps.append((rank, seq))
 
     def receive(self, rank: int = 0) -> StepFrame:
         frame = self.subscribers[rank].receive(WAIT_MS)
@@ -121,13 +128,67 @@ def test_a_duplicate_is_dropped_and_counted(pair: StepPair) -> None:
     assert (pair.subscribers[0].dropped_foreign, pair.subscribers[0].dropped_duplicates) == (0, 3)
 
 
-def test_a_gap_is_an_error_that_says_where(pair: StepPair) -> None:
-    pair.inject(EPOCH, 0)
-    pair.inject(EPOCH, 2)
+def test_a_missing_frame_is_asked_for_once_and_what_follows_is_held(pair: StepPair) -> None:
+    subscriber = pair.subscribers[0]
+    for seq in (0, 2, 3, 2):
+        pair.inject(EPOCH, seq)
     assert pair.receive().seq == 0
-    with pytest.raises(StepGapError, match="rank 0: expected frame 1, got 2") as caught:
+    assert subscriber.receive(0) is None
+    assert pair.gaps == [(0, 1)]
+    for seq in (1, 2, 3, 4):
+        pair.inject(EPOCH, seq)
+    assert [pair.receive().seq for _ in range(4)] == [1, 2, 3, 4]
+    assert (subscriber.gaps, subscriber.dropped_duplicates, len(pair.gaps)) == (1, 3, 1)
+
+
+def test_a_replay_reaches_one_rank_alone_and_is_the_same_bytes(context: Context) -> None:
+    pair = StepPair(context, 2)
+    large = bytes(range(256)) * 2048
+    for seq, buffers in enumerate([[], [large], []]):
+        assert pair.publisher.publish(StepKind.STEP, b"body %d" % seq, buffers) == seq
+    first = [pair.receive(0) for _ in range(3)]
+    assert [pair.receive(1).seq for _ in range(3)] == [0, 1, 2]
+    pair.subscribers[0].next_seq = 1  # as if the rest had been lost
+    assert pair.publisher.replay(0, 1) == pair.publisher.replayed == 2
+    again = [pair.receive(0) for _ in range(2)]
+    for before, after in zip(first[1:], again):
+        assert (before.kind, before.epoch, before.seq, bytes(before.body)) == (after.kind, after.epoch, after.seq, bytes(after.body))
+        assert [bytes(buffer) for buffer in before.buffers] == [bytes(buffer) for buffer in after.buffers]
+    assert pair.subscribers[1].receive(0) is None
+
+
+def test_a_tick_tells_of_a_lost_end_and_nothing_else(pair: StepPair) -> None:
+    pair.publisher.publish(StepKind.STEP)
+    pair.publisher.tick()
+    assert pair.receive().seq == 0
+    assert pair.subscribers[0].receive(0) is None
+    assert pair.gaps == []
+    pair.publisher.next_seq = 3  # frames 1 and 2 are lost
+    pair.publisher.tick()
+    pair.publisher.tick()
+    assert pair.subscribers[0].receive(0) is None
+    assert pair.gaps == [(0, 1), (0, 1)]  # the answer to the first may have been lost too
+    assert pair.subscribers[0].gaps == 1
+
+
+def test_forgotten_frames_cannot_be_sent_again(pair: StepPair) -> None:
+    for _ in range(4):
+        pair.publisher.publish(StepKind.STEP)
+    pair.publisher.forget(2)
+    assert pair.publisher.replay(0, 2) == 2
+    for seq in (1, 4):
+        with pytest.raises(StepGapError, match=f"rank 0: expected frame {seq}, got 2"):
+            pair.publisher.replay(0, seq)
+
+
+def test_more_frames_beyond_a_gap_than_can_be_in_flight_are_an_error_that_says_where(pair: StepPair) -> None:
+    for seq in range(1, HIGH_WATER_MARK + 1):
+        pair.inject(EPOCH, seq)
+        assert pair.subscribers[0].receive(0) is None
+    pair.inject(EPOCH, HIGH_WATER_MARK + 1)
+    with pytest.raises(StepGapError, match="rank 0: expected frame 0, got 1025") as caught:
         pair.subscribers[0].receive(WAIT_MS)
-    assert (caught.value.expected, caught.value.got, caught.value.rank) == (1, 2, 0)
+    assert (caught.value.expected, caught.value.got, caught.value.rank) == (0, HIGH_WATER_MARK + 1, 0)
 
 
 @pytest.mark.parametrize(

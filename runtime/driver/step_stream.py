@@ -1,0 +1,169 @@
+"""The frames of a group that are on their way: published in order within the window, and their answers counted down.
+
+Each step is encoded once and published once. Answers are taken in the reader's callback, so a step costs one object and one wake-up
+however many ranks there are. Nothing here starts, ends or blames a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...errors import InternalError, ZspmdError
+from ...transport.codec import ValueEncoder, decode_value
+from ...transport.frames import Buffer, ResultFrame, ResultKind, StepKind
+from ...transport.records import Failure, unpack_record
+from ...transport.window import CreditWindow
+from .gate import WindowGate
+from .pending import PendingReply
+from .processes import GroupProcesses
+from .statistics import GroupStatistics
+from .ticker import Ticker
+
+
+class StepStream:
+    """Publishes frames and takes what ranks answer to them; belongs to one event loop from ``open`` on.
+
+    Args:
+        overdue: returns the error of a step or call that the given ranks have not done in time.
+        call_error: returns the error of a call that raised on a rank.
+    """
+
+    def __init__(
+        self,
+        processes: GroupProcesses,
+        *,
+        window: int,
+        num_ranks: int,
+        overdue: Callable[[PendingReply, Sequence[int]], ZspmdError],
+        call_error: Callable[[int, Failure], ZspmdError],
+    ) -> None:
+        self.statistics = GroupStatistics()
+        self._processes = processes
+        self._overdue = overdue
+        self._call_error = call_error
+        self._encoder = ValueEncoder()
+        self._window = CreditWindow(size=window, num_ranks=num_ranks)
+        self._gate = WindowGate(self._window)
+        self._pending: dict[int, PendingReply] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Frames that some rank has not acknowledged."""
+        return self._window.in_flight
+
+    @property
+    def has_waiters(self) -> bool:
+        """Whether somebody waits for room."""
+        return self._gate.has_waiters
+
+    @property
+    def pending(self) -> list[PendingReply]:
+        """Steps and calls whose answers are not all there."""
+        return list(self._pending.values())
+
+    def missing(self, seq: int) -> list[int]:
+        """Return the ranks that have not acknowledged frame ``seq``."""
+        return self._window.missing(seq)
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Bind to the loop that everything is called on."""
+        self._loop = loop
+        self._ticker = Ticker(loop, self._window, self._processes.tick)
+
+    async def wait_for_room(self, timeout_s: float) -> None:
+        """Return when the caller may ask, which it must do at once; raises as ``WindowGate.wait``."""
+        await self._gate.wait(timeout_s)
+
+    def ask(self, kind: StepKind, value: Any, step_id: int | None, ranks: Sequence[int], timeout_s: float) -> PendingReply:
+        """Publish a step or call that ``ranks`` answer, within the room that was waited for.
+
+        Raises:
+            TypeError, ValueError: something in ``value`` may not travel; the room goes to the next in line.
+        """
+        asked_ns = time.monotonic_ns()
+        try:
+            body, buffers = self._encoder.encode(value)
+            published_ns = time.monotonic_ns()
+            seq = self.publish(kind, body, buffers)
+        except BaseException:
+            self._gate.grant()
+            raise
+        pending = PendingReply(self._loop, seq, step_id, ranks, asked_ns=asked_ns, published_ns=published_ns)
+        pending.expire_after(timeout_s, self._expired)
+        self._pending[seq] = pending
+        return pending
+
+    def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
+        """Publish one frame, window or not, and return its number."""
+        seq = self._processes.publish(kind, body, buffers)
+        self._window.opened(seq)
+        self._ticker.arm()
+        return seq
+
+    def take(self, frame: ResultFrame) -> None:
+        """Take one answer, or send again what a rank has missed.
+
+        Raises:
+            StepGapError, BackpressureError: it cannot be sent again.
+            ProtocolError, InternalError: an acknowledgement or answer that breaks the protocol.
+        """
+        kind = frame.kind
+        if kind is ResultKind.GAP:
+            self._processes.replay(frame.rank, frame.seq)
+            return
+        if self._window.acknowledged(frame.rank, frame.seq):
+            self._processes.publisher.forget(self._window.oldest)
+            self._ticker.moved()
+            self._gate.grant()
+        if kind is ResultKind.OUTPUT or kind is ResultKind.REPLY:
+            self._answer(frame, decode_value(frame.body, frame.buffers))
+        elif kind is ResultKind.CALL_ERROR:
+            pending = self._pending.pop(frame.seq, None)
+            if pending is None or pending.is_done:
+                self.statistics.late_answers += 1
+            else:
+                pending.fail(self._call_error(frame.rank, read_failure(frame)))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for the answers on their way; whoever awaits them gets the outcome, so it is of no interest here."""
+        if self._pending:
+            await asyncio.wait([pending.wait_done() for pending in self._pending.values()], timeout=timeout_s)
+
+    def fail(self, error: ZspmdError) -> None:
+        """Raise ``error`` from every await of an answer or of room."""
+        for pending in self._pending.values():
+            pending.fail(error)
+        self._pending.clear()
+        self._gate.fail(error)
+
+    def close(self) -> None:
+        """Stop the ticker; idempotent."""
+        self._ticker.close()
+
+    def _answer(self, frame: ResultFrame, value: Any) -> None:
+        pending = self._pending.get(frame.seq)
+        if pending is None or pending.is_done:
+            self.statistics.late_answers += 1
+            self._pending.pop(frame.seq, None)
+        elif pending.answer(frame.rank, value):
+            del self._pending[frame.seq]
+            self.statistics.record(pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us)
+
+    def _expired(self, pending: PendingReply) -> ZspmdError:
+        return self._overdue(pending, self._window.missing(pending.seq) or pending.missing)
+
+
+def read_failure(frame: ResultFrame) -> Failure:
+    """Return why a rank gives up, or why a call raised, from the body of its frame.
+
+    Raises:
+        BadFrameError: the body is no record.
+        InternalError: it is another record.
+    """
+    record = unpack_record(frame.body)
+    if not isinstance(record, Failure):
+        raise InternalError(f"rank {frame.rank} sent a {type(record).__name__} as the reason of a failure")
+    return record
