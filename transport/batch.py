@@ -20,6 +20,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -34,6 +35,7 @@ I32Array = npt.NDArray[np.int32]
 FIXED = struct.Struct("<BBHHHII")
 SAME_DECODE = 1
 MAX_SLOT = (1 << 16) - 1
+_U16, _U32 = np.dtype("<u2"), np.dtype("<u4")
 _NO_U16: U16Array = np.empty(0, np.uint16)
 _NO_U32: U32Array = np.empty(0, np.uint32)
 
@@ -144,19 +146,22 @@ def decode_batch_step(data: bytes | memoryview) -> BatchStep:
     if wanted != len(data):
         raise BadFrameError(f"a batch step has {len(data)} B where its counts ask for {wanted}")
     at = FIXED.size
+    deletes: list[int] = []
+    if n_delete:
+        deletes, at = np.frombuffer(data, _U16, n_delete, at).tolist(), at + 2 * n_delete
+    chunk_slots, chunk_tokens, at = _pairs(data, n_chunk, at)
+    block_slots, block_ids, at = _pairs(data, n_block, at)
+    decode = None if flags & SAME_DECODE else np.frombuffer(data, _U16, n_decode, at)
+    adds = _adds_from_bytes(data[len(data) - adds_bytes :]) if adds_bytes else ()
+    return BatchStep(deletes, adds, block_slots, block_ids, chunk_slots, chunk_tokens, decode)
 
-    def take(dtype: str, count: int) -> npt.NDArray[np.generic]:
-        nonlocal at
-        array = np.frombuffer(data, dtype, count, at)
-        at += array.nbytes
-        return array
 
-    deletes = take("<u2", n_delete).tolist()
-    chunk_slots, chunk_tokens = take("<u2", n_chunk), take("<u4", n_chunk)
-    block_slots, block_ids = take("<u2", n_block), take("<u4", n_block)
-    decode = None if flags & SAME_DECODE else take("<u2", n_decode)
-    adds = _adds_from_bytes(data[at:]) if adds_bytes else ()
-    return BatchStep(deletes, adds, block_slots, block_ids, chunk_slots, chunk_tokens, decode)  # type: ignore[arg-type]  # dtypes as asked
+def _pairs(data: bytes | memoryview, count: int, at: int) -> tuple[U16Array, U32Array, int]:
+    """Return slots and numbers that begin at ``at``, and where they end. Most steps have none, which is worth not asking NumPy."""
+    if not count:
+        return _NO_U16, _NO_U32, at
+    middle = at + 2 * count
+    return np.frombuffer(data, _U16, count, at), np.frombuffer(data, _U32, count, middle), middle + 4 * count
 
 
 def _add_to_list(add: SlotAdd) -> list[object]:
@@ -167,20 +172,28 @@ def _add_to_list(add: SlotAdd) -> list[object]:
 
 
 def _adds_from_bytes(data: bytes | memoryview) -> list[SlotAdd]:
+    """Read the added sequences one field after the other: nothing is built that a SlotAdd does not hold."""
+    unpacker = msgpack.Unpacker(read_size=len(data), max_buffer_size=len(data), max_array_len=0, max_map_len=0, max_ext_len=0)
+    unpacker.feed(data)
     try:
-        rows = msgpack.unpackb(data, max_ext_len=0, max_map_len=0)
+        count = unpacker.read_array_header()
+        if count > MAX_SLOT + 1:
+            raise BadFrameError(f"a batch step adds {count} sequences; there are {MAX_SLOT + 1} slots")
+        adds = [_read_add(unpacker) for _ in range(count)]
     except (ValueError, msgpack.UnpackException) as error:
         raise BadFrameError(f"the added sequences of a batch step are no msgpack list: {error}") from error
-    if not isinstance(rows, list):
-        raise BadFrameError(f"the added sequences of a batch step are a {type(rows).__name__}, not a list")
-    return [_add_from_list(row) for row in rows]
+    if unpacker.tell() != len(data):
+        raise BadFrameError(f"the added sequences of a batch step end after {unpacker.tell()} of {len(data)} B")
+    return adds
 
 
-def _add_from_list(row: object) -> SlotAdd:
-    if not isinstance(row, list) or len(row) != len(_ADD_FIELDS):
-        raise BadFrameError(f"an added sequence is not a list of the {len(_ADD_FIELDS)} fields of SlotAdd")
+def _read_add(unpacker: Any) -> SlotAdd:
+    count = unpacker.read_array_header()
+    if count != len(_ADD_FIELDS):
+        raise BadFrameError(f"an added sequence is a list of {count}, not of the {len(_ADD_FIELDS)} fields of SlotAdd")
     values: dict[str, object] = {}
-    for name, value in zip(_ADD_FIELDS, row):
+    for name in _ADD_FIELDS:
+        value = _read_plain(unpacker, name)
         if name in _ADD_ARRAYS:
             dtype = _ADD_ARRAYS[name]
             if not isinstance(value, bytes) or len(value) % dtype.itemsize:
@@ -188,10 +201,18 @@ def _add_from_list(row: object) -> SlotAdd:
             values[name] = np.frombuffer(value, dtype)
         elif name in _ADD_FLOATS:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise BadFrameError(f"field {name} of an added sequence is {value!r}, not a number")
+                raise BadFrameError(f"field {name} of an added sequence is a {type(value).__name__}, not a number")
             values[name] = float(value)
         elif isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < 1 << 63:
-            raise BadFrameError(f"field {name} of an added sequence is {value!r}, not a whole number below 2**63")
+            shown = value if type(value) is int else f"a {type(value).__name__}"
+            raise BadFrameError(f"field {name} of an added sequence is {shown}, not a whole number below 2**63")
         else:
             values[name] = value
     return SlotAdd(**values)  # type: ignore[arg-type]  # each field was checked above
+
+
+def _read_plain(unpacker: Any, name: str) -> object:
+    try:
+        return unpacker.unpack()
+    except ValueError as error:
+        raise BadFrameError(f"field {name} of an added sequence is no plain value: {error}") from error

@@ -7,7 +7,8 @@ the order in which their tensors occur in the body.
     metadata    dtype code u5, ndim u3 | family u2 (0 NumPy, 1 torch), inline u1, zero u5 | dims, LEB128 each
 
 What may travel: None, bool, int (64 bit), float, str, bytes, list, dict (with such keys, bar the list), NumPy arrays, torch tensors.
-Nothing here runs what a peer sends: no pickle, dtypes come from a table, and lengths are checked before anything is allocated.
+Nothing here runs what a peer sends: no pickle, dtypes come from a table, and lengths are checked before anything is allocated: a body
+that is cut short, or whose containers announce more than there is, costs little more memory than its own size to refuse.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ INLINE_BYTES = 4096
 MAX_BODY_BYTES = 64 << 20
 MAX_NDIM = 7
 MAX_DEPTH = 500  # msgpack's packer stops a little above
+_HARMLESS_BYTES = 128  # a body this small cannot announce more than some 40 KB in all
 TENSOR_EXT = 1
 NUMPY, TORCH = 0, 1
 
@@ -60,6 +62,14 @@ _bridges: dict[int, TensorBridge] = {}
 def register_bridge(family: int, bridge: TensorBridge) -> None:
     """Let tensors of a library travel as themselves from now on, in this process."""
     _bridges[family] = bridge
+
+
+def as_array(value: object) -> AnyArray | None:
+    """Return an array or tensor as an array over the same memory where it can be, anything else as None."""
+    if type(value) is np.ndarray:
+        return value
+    family = _family(value)
+    return None if family is None else _bridges[family].to_array(value)
 
 
 def bfloat16_to_float32(array: AnyArray) -> npt.NDArray[np.float32]:
@@ -144,6 +154,8 @@ def decode_value(body: Buffer, buffers: Sequence[Buffer]) -> Any:
         return _tensor(raw, dtype, shape, family)
 
     try:
+        if len(body) > _HARMLESS_BYTES:
+            _walk(body)
         value = msgpack.unpackb(body, ext_hook=unpack_tensor, strict_map_key=False)
     except BadFrameError:
         raise
@@ -186,6 +198,19 @@ def unpack_tensor_meta(data: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int
                 break
         shape.append(dim)
     return _DTYPES[code], tuple(shape), family, inline, at
+
+
+def _walk(body: Buffer) -> None:
+    """Go through a body without building anything; raises where it ends too early, too late, or is nested too deep.
+
+    msgpack makes room for as many items as a list announces before it reads the first: lists within lists that lie would have it
+    allocate a thousand times the body.
+    """
+    unpacker = msgpack.Unpacker(read_size=len(body), max_buffer_size=len(body))
+    unpacker.feed(body)
+    unpacker.skip()
+    if unpacker.tell() != len(body):
+        raise ValueError(f"it ends after {unpacker.tell()} of {len(body)} B")
 
 
 def _tensor(raw: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...], family: int) -> object:

@@ -1,8 +1,9 @@
 """Typed records over msgpack: dataclasses whose fields carry a type and a bound that are checked on both sides.
 
-A record is a frozen dataclass. On the wire it is a map of its fields and ``"record"``, its name. Reading checks every field by name,
-type and bound before the dataclass is built; unknown and missing fields are errors. Each protocol has a family of records of its own,
-with its own size limit: a subclass of ``Record`` that says so, and under which its records are subclasses.
+A record is a frozen dataclass. On the wire it is a map: ``"record"`` with its name, then its fields. Reading goes from field to field
+and checks each by name, type and bound, so that nothing is built that the record does not declare; unknown and missing fields are errors.
+Each protocol has a family of records of its own, with its own size limit: a subclass of ``Record`` that says so, and under which its
+records are subclasses.
 
     class ControlRecord(Record, max_bytes=1 << 20): ...
 
@@ -14,7 +15,7 @@ with its own size limit: a subclass of ``Record`` that says so, and under which 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -95,18 +96,17 @@ def read_record(family: type[FamilyT], data: Buffer) -> FamilyT:
     """
     if len(data) > family.max_bytes:
         raise BadFrameError(f"a record of {len(data)} B; the limit is {family.max_bytes}")
+    size = max(len(data), 1)  # msgpack takes 0 for no limit
+    unpacker = msgpack.Unpacker(
+        read_size=size, max_buffer_size=size, max_array_len=0, max_map_len=0, max_ext_len=0, unicode_errors="surrogateescape"
+    )
+    unpacker.feed(data)
     try:
-        values = msgpack.unpackb(data, max_ext_len=0, max_map_len=max(_MAX_FIELDS, _MAX_MAPPING), unicode_errors="surrogateescape")
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        record = _read_named(family, unpacker)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise BadFrameError(f"a record is no msgpack map: {type(error).__name__}: {error}") from error
-    if not isinstance(values, dict) or len(values) > _MAX_FIELDS:
-        raise BadFrameError(f"a record is a {type(values).__name__}, not a map of at most {_MAX_FIELDS} fields")
-    name = values.pop("record", None)
-    kind = family.kinds.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise BadFrameError(f"unknown record {name!r:.80}; known are {', '.join(sorted(family.kinds))}")
-    record = _build(kind, values)
-    assert isinstance(record, family)
+    if unpacker.tell() != len(data):
+        raise BadFrameError(f"a record ends after {unpacker.tell()} of {len(data)} B")
     return record
 
 
@@ -120,16 +120,63 @@ def _plain(record: Record) -> dict[str, Any]:
     return values
 
 
-def _build(kind: type[Record], values: dict[Any, Any]) -> Record:
+def _read_named(family: type[FamilyT], unpacker: Any) -> FamilyT:
+    count = _count_of(unpacker.read_map_header)
+    if count is None or count > _MAX_FIELDS:
+        raise BadFrameError(f"a record is not a map of at most {_MAX_FIELDS} fields")
+    name = unpacker.unpack() if count and unpacker.unpack() == "record" else None
+    kind = family.kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise BadFrameError(f"unknown record {_shown(name)}; known are {', '.join(sorted(family.kinds))}")
+    record = _read_fields(kind, count - 1, unpacker)
+    assert isinstance(record, family)
+    return record
+
+
+def _read_fields(kind: type[Record], count: int, unpacker: Any) -> Record:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # as above
-    if unknown := values.keys() - known.keys():
-        raise BadFrameError(f"{kind.__name__} has unknown fields {sorted(map(str, unknown))}")
+    values: dict[str, Any] = {}
+    for _ in range(count):
+        name = unpacker.unpack()
+        if not isinstance(name, str) or name not in known or name in values:
+            raise BadFrameError(f"{kind.__name__} has unknown fields, or one twice: {_shown(name)}")
+        values[name] = _read_field(kind.__name__, known[name], unpacker)
     for f in known.values():
-        if f.name in values:
-            values[f.name] = _checked(kind.__name__, f, values[f.name])
-        elif f.default is MISSING and f.default_factory is MISSING:
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise BadFrameError(f"{kind.__name__} lacks the field {f.name}")
     return kind(**values)
+
+
+def _read_field(owner: str, f: Field[Any], unpacker: Any) -> Any:
+    """Return the next value as the field holds it; containers are entered only where the field is one."""
+    wanted, name = f.metadata["type"], f"{owner}.{f.name}"
+    try:
+        if wanted is tuple and (count := _count_of(unpacker.read_array_header)) is not None:
+            _check_length(name, count, f.metadata["high"])
+            return tuple(_read_item(name, f.metadata["item"], unpacker) for _ in range(count))
+        if wanted is dict and (count := _count_of(unpacker.read_map_header)) is not None:
+            _check_length(name, count, _MAX_MAPPING)
+            return {_read_item(name, str, unpacker): _read_item(name, str, unpacker) for _ in range(count)}
+        return _checked(owner, f, unpacker.unpack())
+    except ValueError as error:
+        raise BadFrameError(f"{name} is not a {wanted.__name__}: {error}") from error
+
+
+def _read_item(name: str, wanted: type, unpacker: Any) -> Any:
+    if not issubclass(wanted, Record):
+        return _item(name, wanted, unpacker.unpack())
+    count = _count_of(unpacker.read_map_header)
+    if count is None or count > _MAX_FIELDS:
+        raise BadFrameError(f"{name} has an item that is not a map of at most {_MAX_FIELDS} fields")
+    return _read_fields(wanted, count, unpacker)
+
+
+def _count_of(read_header: Callable[[], int]) -> int | None:
+    """Return how many items the container announces that comes next; None where something else does, which is left in its place."""
+    try:
+        return read_header()
+    except ValueError:
+        return None
 
 
 def _checked(owner: str, f: Field[Any], value: object) -> Any:
@@ -142,17 +189,22 @@ def _checked(owner: str, f: Field[Any], value: object) -> Any:
     if isinstance(value, (int, float)):
         return _in_range(name, value, wanted, bounds["low"], bounds["high"])
     if isinstance(value, dict):
-        if len(value) > _MAX_MAPPING or not all(type(k) is str and type(v) is str for k, v in value.items()):
-            raise BadFrameError(f"{name} is not a map of at most {_MAX_MAPPING} texts to texts")
+        _check_length(name, len(value), _MAX_MAPPING)
+        if not all(type(k) is str and type(v) is str for k, v in value.items()):
+            raise BadFrameError(f"{name} is not a map of texts to texts")
         return value
     assert isinstance(value, (str, bytes, list, tuple))
-    if len(value) > bounds["high"]:
-        raise BadFrameError(f"{name} has length {len(value)}; the limit is {bounds['high']}")
+    _check_length(name, len(value), bounds["high"])
     if isinstance(value, (list, tuple)):
         return tuple(_item(name, bounds["item"], item) for item in value)
     if bounds.get("choices") and value not in bounds["choices"]:
         raise BadFrameError(f"{name} is {value!r:.80}, not one of {', '.join(bounds['choices'])}")
     return value
+
+
+def _check_length(name: str, length: int, high: int) -> None:
+    if length > high:
+        raise BadFrameError(f"{name} has length {length}; the limit is {high}")
 
 
 def _in_range(name: str, value: float, wanted: type, low: float, high: float) -> float:
@@ -164,8 +216,6 @@ def _in_range(name: str, value: float, wanted: type, low: float, high: float) ->
 
 
 def _item(name: str, wanted: type, item: object) -> object:
-    if issubclass(wanted, Record) and isinstance(item, dict):
-        return _build(wanted, item)
     if not isinstance(item, wanted) or (isinstance(item, bool) and wanted is not bool):
         raise BadFrameError(f"{name} has an item that is a {type(item).__name__}, not a {wanted.__name__}")
     return item
@@ -175,3 +225,8 @@ def _is(value: object, wanted: type) -> bool:
     if wanted is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) in (tuple, list) if wanted is tuple else type(value) is wanted
+
+
+def _shown(value: object) -> str:
+    """Return a few characters of what a peer sent, for an error."""
+    return repr(value[:80] if isinstance(value, (str, bytes)) else value)

@@ -1,6 +1,6 @@
 """What driver and agent tell each other: typed records, each behind its length.
 
-driver -> agent   Start (first, once), Stop
+driver -> agent   Start (first, once), Signal, Stop
 agent -> driver   RankStarted, RankLog, RankExited, AgentWarning, LaunchFailed, AgentGone (last)
 
 on the wire: u32 little-endian length, then the record as ``transport.schema`` packs it
@@ -20,6 +20,7 @@ MAX_RECORD_BYTES = 32 << 20
 MAX_RANKS = 1 << 16
 START_METHODS = ("fork", "spawn")
 STREAMS = ("out", "err")
+MAX_ERROR_REPORT_BYTES = 1 << 20
 _MAX_TEXT = 1 << 20
 _MAX_ITEMS = 1 << 16
 _MAX_PID = 1 << 22
@@ -72,6 +73,17 @@ class Start(AgentRecord):
 
 
 @dataclass(frozen=True)
+class Signal(AgentRecord):
+    """Send a signal to every rank that runs: SIGTERM to its process alone, others to its whole group.
+
+    So a terminal and a manager of jobs do it: programs count on SIGINT for all of a foreground group, and may need their children
+    to save what they have when they get SIGTERM.
+    """
+
+    number: int = whole(64, 1)
+
+
+@dataclass(frozen=True)
 class Stop(AgentRecord):
     """End the ranks: leave them ``grace_s`` to end by themselves, then SIGTERM, after ``kill_s`` SIGKILL.
 
@@ -101,12 +113,19 @@ class RankLog(AgentRecord):
 
 @dataclass(frozen=True)
 class RankExited(AgentRecord):
-    """A rank's process ended and its output is read: ``exit_code`` is negative for a signal, ``log_tail`` its last lines."""
+    """A rank's process ended and its output is read.
+
+    Args:
+        exit_code: negative for a signal.
+        log_tail: its last lines.
+        error_report: what it wrote to the file that TORCHELASTIC_ERROR_FILE names, if it did.
+    """
 
     rank: int = whole(MAX_RANKS - 1)
     pid: int = whole(_MAX_PID, 1)
     exit_code: int = whole(255, -64)
     log_tail: tuple[str, ...] = many(str, _MAX_ITEMS)
+    error_report: str = text(MAX_ERROR_REPORT_BYTES, default="")
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,7 @@ class RecordReader:
             end = _LENGTH.size + size
             if len(self._buffer) < end:
                 return
-            body = bytes(self._buffer[_LENGTH.size : end])
+            with memoryview(self._buffer) as buffer, buffer[_LENGTH.size : end] as body:
+                record = read_record(AgentRecord, body)
             del self._buffer[:end]
-            yield read_record(AgentRecord, body)
+            yield record

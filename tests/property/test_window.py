@@ -51,6 +51,7 @@ class WindowMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         assert self.window.in_flight == self.published - self.done <= self.size
+        assert self.window.oldest == self.done
         late = [rank for rank, count in enumerate(self.acks) if count == self.done] if self.published > self.done else []
         assert self.window.behind() == late
         for seq in range(self.done, self.published):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from zspmd.errors import BadFrameError
-from zspmd.transport.batch import BatchStep, encode_batch_step
 from zspmd.transport.codec import (
     _DTYPES,
     BFLOAT16,
@@ -27,7 +26,6 @@ from zspmd.transport.codec import (
     pack_tensor_meta,
     unpack_tensor_meta,
 )
-from zspmd.transport.frames import StepKind, pack_step_header
 
 pytestmark = pytest.mark.usefixtures("no_bridges")
 LARGE = INLINE_BYTES + 1
@@ -203,21 +201,6 @@ def test_metadata_is_small_and_comes_back(shape: tuple[int, ...], num_bytes: int
             meta = pack_tensor_meta(code, shape, family, family == TORCH)
             assert len(meta) == num_bytes
             assert unpack_tensor_meta(meta + b"data") == (dtype, shape, family, family == TORCH, num_bytes)
-
-
-def steady_step_bytes(num_blocks: int) -> int:
-    """Return the size on the wire of a decode step that only appends blocks."""
-    blocks = np.arange(num_blocks)
-    step = encode_batch_step(BatchStep(block_slots=blocks.astype(np.uint16), block_ids=blocks.astype(np.uint32)))
-    body, buffers = ValueEncoder().encode(step)
-    assert buffers == []
-    return len(pack_step_header(StepKind.STEP, 1, 2) + body)
-
-
-def test_a_steady_decode_step_is_small_whatever_the_batch() -> None:
-    assert steady_step_bytes(0) <= 64
-    for num_blocks in (1, 40, 256):
-        assert steady_step_bytes(num_blocks) <= 64 + 6 * num_blocks
 
 
 def tensor(meta: bytes, data: bytes = b"") -> bytes:
