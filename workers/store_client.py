@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import zmq
 
 from ..errors import PeerLostError, ProtocolError, StoreTimeoutError
-from ..transport.records import Accepted, Hello, Reject, StoreReply, StoreRequest
+from ..transport.records import MAX_STORE_KEYS, Accepted, Hello, Reject, StoreReply, StoreRequest
 from ..transport.sockets import ControlClient
 
 REPLY_MARGIN_S = 10.0  # how much longer than its own timeout an operation waits for the driver's word
 
 
 class StoreClient:
-    """Set, get, wait, add, compare_set, check, delete and count over the control socket."""
+    """A ``Store`` over the control socket; ``timeout_s`` is that of operations that are given none."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, hello: Hello, *, timeout_s: float) -> None:
         self._context = context
@@ -42,13 +43,34 @@ class StoreClient:
         """
         return self._ask("get", [key], timeout_s=timeout_s).value
 
+    def get_many(self, keys: Sequence[str], timeout_s: float | None = None) -> list[bytes]:
+        """Return the values of ``keys``, waiting for all; raises StoreTimeoutError that names those that did not appear.
+
+        It takes one request where the values are small, and one for each half megabyte or so where they are not.
+        """
+        values: list[bytes] = []
+        if len(keys) > MAX_STORE_KEYS:
+            self.wait(keys, timeout_s)
+        while len(values) < len(keys):
+            rest = keys[len(values) : len(values) + MAX_STORE_KEYS]
+            values += self._ask("get_many", list(rest), timeout_s=timeout_s).values
+        return values
+
     def wait(self, keys: Sequence[str], timeout_s: float | None = None) -> None:
         """Wait until all ``keys`` are there; raises StoreTimeoutError that names those that are not."""
-        self._ask("wait", list(keys), timeout_s=timeout_s)
+        deadline = time.monotonic() + self._limit_s(timeout_s)
+        absent: list[str] = []
+        for some in _slices(keys):
+            try:
+                self._ask("wait", some, timeout_s=max(0.0, deadline - time.monotonic()))
+            except StoreTimeoutError as error:
+                absent += error.absent
+        if absent:
+            raise StoreTimeoutError(absent, self._limit_s(timeout_s))
 
     def check(self, keys: Sequence[str]) -> bool:
         """Whether all ``keys`` are there now."""
-        return bool(self._ask("check", list(keys)).amount)
+        return all(self._ask("check", some).amount for some in _slices(keys))
 
     def add(self, key: str, amount: int) -> int:
         """Add to the decimal number under ``key`` (0 if absent) and return the sum; raises ValueError if it holds something else."""
@@ -62,26 +84,37 @@ class StoreClient:
         """Remove ``key``; whether it was there."""
         return bool(self._ask("delete", [key]).amount)
 
+    def delete_many(self, keys: Sequence[str]) -> int:
+        """Remove those of ``keys`` that are there; how many they were."""
+        return sum(self._ask("delete", some).amount for some in _slices(keys))
+
     def count(self) -> int:
         """Return how many keys there are."""
         return self._ask("count", []).amount
 
     def _ask(self, op: str, keys: list[str], *, timeout_s: float | None = None, **fields: Any) -> StoreReply:
-        limit = self.timeout_s if timeout_s is None else timeout_s
+        limit = self._limit_s(timeout_s)
         request = StoreRequest(request_id=next(self._request_ids), op=op, keys=tuple(keys), timeout_s=limit, **fields)
-        client = self._connection()
-        client.send(request)
-        while True:
-            reply, _ = client.receive(limit + REPLY_MARGIN_S)
-            if not isinstance(reply, StoreReply):
-                raise ProtocolError(f"the store answered {op} with a {type(reply).__name__}")
-            if reply.request_id == request.request_id:  # an older one belongs to an operation that was given up
-                break
+        reply = self._exchange(request)
         if reply.error:
             raise ValueError(f"the driver refused it: {reply.error}")
         if reply.absent:
             raise StoreTimeoutError(reply.absent, limit)
         return reply
+
+    def _exchange(self, request: StoreRequest) -> StoreReply:
+        """Send a request and wait for its answer."""
+        client = self._connection()
+        client.send(request)
+        while True:
+            reply, _ = client.receive(request.timeout_s + REPLY_MARGIN_S)
+            if not isinstance(reply, StoreReply):
+                raise ProtocolError(f"the store answered {request.op} with a {type(reply).__name__}")
+            if reply.request_id == request.request_id:  # an older one belongs to an operation that was given up
+                return reply
+
+    def _limit_s(self, timeout_s: float | None) -> float:
+        return self.timeout_s if timeout_s is None else timeout_s
 
     def _connection(self) -> ControlClient:
         client: ControlClient | None = getattr(self._local, "client", None)
@@ -95,3 +128,9 @@ class StoreClient:
                 raise ProtocolError(f"the driver answered a store connection with a {type(answer).__name__}")
             self._local.client = client
         return client
+
+
+def _slices(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the keys in pieces that fit one request."""
+    for first in range(0, len(keys), MAX_STORE_KEYS):
+        yield list(keys[first : first + MAX_STORE_KEYS])

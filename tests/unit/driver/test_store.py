@@ -8,7 +8,8 @@ import pytest
 
 from zspmd.errors import BadFrameError
 from zspmd.runtime.driver.store import Replies, StoreState
-from zspmd.transport.records import MAX_SEQ, StoreReply, StoreRequest
+from zspmd.transport.records import MAX_RECORD_BYTES, MAX_SEQ, MAX_STORE_VALUE_BYTES, StoreReply, StoreRequest
+from zspmd.transport.schema import pack_record
 
 A, B = b"a", b"b"
 
@@ -191,3 +192,39 @@ def test_a_bad_request_is_refused_and_changes_nothing(
         store.ask(op, *keys, **fields)  # type: ignore[arg-type]  # as above
     assert store.state.values == {"text": b"abc", "n": b"1"}
     assert store.state.next_deadline() is None
+
+
+def test_many_values_come_in_the_order_of_their_keys(store: Store) -> None:
+    assert store.ask("get_many", "b", "a", "b", connection=B) == []
+    assert len(store.ask("set", "a", value=b"1")) == 1
+    assert store.ask("set", "b", value=b"2")[1] == (B, StoreReply(request_id=1, values=(b"2", b"1", b"2")))
+    assert store.reply("get_many", "a").values == (b"1",)
+    assert store.reply("get_many").values == ()
+
+
+def test_many_values_are_the_first_that_fit_a_reply(store: Store) -> None:
+    half = bytes(MAX_STORE_VALUE_BYTES // 2)
+    for key, value in {"full": bytes(MAX_STORE_VALUE_BYTES), "half": half, "small": b"s"}.items():
+        store.reply("set", key, value=value)
+    assert [len(value) for value in store.reply("get_many", "full", "small").values] == [MAX_STORE_VALUE_BYTES]
+    assert store.reply("get_many", "small", "half", "half", "small").values == (b"s", half)
+    for reply in (store.reply("get_many", *["half"] * 9), store.reply("get_many", *["small"] * 4096)):
+        assert len(pack_record(reply)) < MAX_RECORD_BYTES
+
+
+def test_many_keys_are_deleted_at_once(store: Store) -> None:
+    for key in "abc":
+        store.reply("set", key, value=b"")
+    assert store.reply("delete", "a", "c", "absent", "a").amount == 2
+    assert list(store.state.values) == ["b"]
+    assert store.reply("delete").amount == 0
+
+
+def test_a_key_that_goes_again_is_missed_by_those_who_wait(store: Store) -> None:
+    assert store.ask("wait", "a", "b", "a", connection=B) == []
+    for _ in range(2):
+        assert len(store.ask("set", "a")) == 1
+        assert len(store.ask("set", "a", value=b"over")) == 1
+        assert store.reply("delete", "a").amount == 1
+    assert len(store.ask("set", "b")) == 1
+    assert [connection for connection, _ in store.ask("set", "a")] == [A, B]

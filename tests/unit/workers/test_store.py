@@ -1,85 +1,111 @@
-"""A rank's store client, and torch's view of it, against a server that is the driver's own state machine."""
+"""Every kind of store that ranks use, and torch's view of ours; behind the client is the driver's own state machine."""
 
 from __future__ import annotations
 
-import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from time import monotonic
 
 import pytest
-import zmq
-from support.contexts import KeepingContext
+import torch.distributed as dist
+from support.store_server import StoreServer
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]  # torch's stubs do not export them
 from torch.distributed.distributed_c10d import PrefixStore
 
-import zspmd
 from zspmd.errors import BadFrameError, PeerLostError, ProtocolError, StoreTimeoutError
-from zspmd.runtime.driver.store import StoreState
-from zspmd.transport.records import Accepted, Beat, Hello, Reject, StoreReply, StoreRequest
-from zspmd.transport.sockets import ControlServer
+from zspmd.transport.records import MAX_STORE_KEYS, MAX_STORE_VALUE_BYTES, Beat, Reject, StoreReply
 from zspmd.workers import store_client
+from zspmd.workers.store import PrefixedStore, Store, get_blobs, set_blob
 from zspmd.workers.store_client import StoreClient
-from zspmd.workers.torch_store import CoordinatorStore
-
-HELLO = Hello(token=b"t", rank=0, pid=1, host="h", version=zspmd.__version__, purpose="store")
-PERIOD_MS = 2
-
-
-class Server:
-    """The driver's part in a thread: admits every hello and serves the store. ``answer`` replaces the reply to a hello."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.endpoint = endpoint
-        self.answer: Accepted | Reject | StoreReply = Accepted()
-        self.is_silent = False
-        self.hellos = 0
-        self._stopped = threading.Event()
-        self._server = ControlServer(self.context, endpoint)
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        self.client_context = KeepingContext()  # since threads of these tests end before it
-
-    def client(self, timeout_s: float = 10.0) -> StoreClient:
-        return StoreClient(self.client_context, self.endpoint, HELLO, timeout_s=timeout_s)
-
-    def close(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-        self.context.destroy(linger=0)
-        self.client_context.destroy(linger=0)
-
-    def _run(self) -> None:
-        state = StoreState()
-        while not self._stopped.is_set():
-            replies = state.expire(monotonic())
-            if self._server.socket.poll(PERIOD_MS):
-                connection, record = self._server.receive()
-                if isinstance(record, Hello):
-                    self.hellos += 1
-                    self._server.send(connection, self.answer)
-                elif isinstance(record, StoreRequest) and not self.is_silent:
-                    try:
-                        replies += state.handle(connection, record, monotonic())
-                    except BadFrameError as error:
-                        replies.append((connection, StoreReply(request_id=record.request_id, error=str(error))))
-            for target, reply in replies:
-                self._server.send(target, reply)
+from zspmd.workers.torch_store import CoordinatorStore, TorchStoreAdapter
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory(prefix="z") as directory:
-        made = Server(f"ipc://{directory}/control")
+def server() -> Iterator[StoreServer]:
+    with StoreServer() as made:
         yield made
-        made.close()
 
 
 @pytest.fixture
-def store(server: Server) -> StoreClient:
+def store(server: StoreServer) -> StoreClient:
     return server.client()
+
+
+@pytest.fixture(params=["client", "prefixed", "TCPStore", "HashStore", "there and back"])
+def any_store(request: pytest.FixtureRequest) -> Store:
+    """Every kind of ``Store``: the client, one with a prefix, torch's with and without its extended operations, and ours as torch's."""
+    if request.param == "TCPStore":
+        tcp_store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
+        return TorchStoreAdapter(PrefixStore("p", tcp_store), timeout_s=10.0)
+    if request.param == "HashStore":
+        return TorchStoreAdapter(HashStore(), timeout_s=10.0)
+    client: StoreClient = request.getfixturevalue("store")
+    if request.param == "prefixed":
+        return PrefixedStore(PrefixedStore(client, "outer"), "inner")
+    return client if request.param == "client" else TorchStoreAdapter(CoordinatorStore(client), timeout_s=10.0)
+
+
+def test_what_every_store_does(any_store: Store) -> None:
+    any_store.set("k", b"\x00\xffv")
+    assert any_store.get("k") == b"\x00\xffv"
+    any_store.set("empty", b"")
+    assert any_store.get_many(["empty", "k", "empty"]) == [b"", b"\x00\xffv", b""]
+    assert any_store.get_many([]) == []
+    any_store.wait(["k", "empty"])
+    assert (any_store.check(["k", "empty"]), any_store.check(["k", "absent"])) == (True, False)
+    assert [any_store.add("n", amount) for amount in (5, -7)] == [5, -2]
+    assert any_store.compare_set("c", b"", b"one") == b"one"
+    assert any_store.compare_set("c", b"other", b"two") == b"one"
+    assert any_store.compare_set("c", b"one", b"two") == b"two"
+    before = any_store.count()
+    assert (any_store.delete("k"), any_store.delete("k")) == (True, False)
+    assert any_store.delete_many(["empty", "absent", "c"]) == 2
+    assert before - any_store.count() == 3
+    assert any_store.timeout_s == 10.0
+
+
+def test_every_store_names_the_absent_keys(any_store: Store) -> None:
+    any_store.set("a", b"")
+    for ask in (any_store.wait, any_store.get_many):
+        with pytest.raises(StoreTimeoutError, match=r"no value for b, c within 0\.05 s") as caught:
+            ask(["a", "b", "c"], timeout_s=0.05)
+        assert caught.value.absent == ("b", "c")
+    with pytest.raises(StoreTimeoutError) as caught:
+        any_store.get("d", timeout_s=0.05)
+    assert caught.value.absent == ("d",)
+
+
+def test_every_store_refuses_a_value_that_is_too_large(any_store: Store) -> None:
+    with pytest.raises(BadFrameError, match="has length 524289; the limit is 524288"):
+        any_store.set("k", bytes(MAX_STORE_VALUE_BYTES + 1))
+    any_store.set("k", bytes(MAX_STORE_VALUE_BYTES))
+    assert len(any_store.get("k")) == MAX_STORE_VALUE_BYTES
+
+
+def test_every_store_keeps_bytes_of_any_length(any_store: Store) -> None:
+    sizes = [0, 1, MAX_STORE_VALUE_BYTES - 8, MAX_STORE_VALUE_BYTES - 7, 3 * MAX_STORE_VALUE_BYTES]
+    blobs = [bytes([number]) * size for number, size in enumerate(sizes)]
+    before = any_store.count()
+    keys = [key for number, data in enumerate(blobs) for key in set_blob(any_store, f"blob{number}", data)]
+    assert len(keys) == 1 + 1 + 1 + 2 + 4
+    assert get_blobs(any_store, [f"blob{number}" for number in range(5)]) == blobs
+    assert any_store.delete_many(keys) == len(keys)
+    assert any_store.count() == before
+
+
+def test_more_keys_than_one_request_takes(store: StoreClient) -> None:
+    keys = [f"k{number}" for number in range(MAX_STORE_KEYS + 2)]
+    for key in keys[:3]:
+        store.set(key, key.encode())
+    for ask in (store.wait, store.get_many):
+        with pytest.raises(StoreTimeoutError) as caught:
+            ask(keys, timeout_s=0.1)
+        assert caught.value.absent == tuple(keys[3:])
+    many = keys[:3] * MAX_STORE_KEYS
+    assert store.get_many(many) == [key.encode() for key in many]
+    assert store.check(many)
+    assert not store.check([*many, "absent"])
+    assert store.delete_many(many) == 3
 
 
 def test_operations(store: StoreClient) -> None:
@@ -105,7 +131,7 @@ def test_a_timeout_names_the_absent_keys(store: StoreClient) -> None:
         store.get("d", timeout_s=0.01)
 
 
-def test_the_timeout_of_the_client_is_the_one_unless_said_otherwise(server: Server) -> None:
+def test_the_timeout_of_the_client_is_the_one_unless_said_otherwise(server: StoreServer) -> None:
     with pytest.raises(StoreTimeoutError, match=r"within 0\.02 s"):
         server.client(timeout_s=0.02).get("k")
 
@@ -122,7 +148,7 @@ def test_a_value_that_is_too_large_is_refused_here(store: StoreClient) -> None:
         store.set("k", bytes((512 << 10) + 1))
 
 
-def test_threads_wait_and_set_over_connections_of_their_own(server: Server, store: StoreClient) -> None:
+def test_threads_wait_and_set_over_connections_of_their_own(server: StoreServer, store: StoreClient) -> None:
     num_threads = 8
     with ThreadPoolExecutor(num_threads + 1) as pool:
         waiting = [pool.submit(store.get, f"k{i}") for i in range(num_threads)]
@@ -132,10 +158,10 @@ def test_threads_wait_and_set_over_connections_of_their_own(server: Server, stor
         assert [future.result() for future in waiting] == [b"%d" % i for i in range(num_threads)]
         counts += [pool.submit(store.add, "n", 1) for _ in range(99)]
         assert sorted(future.result() for future in counts) == list(range(1, 101))
-    assert 2 <= server.hellos <= num_threads + 2
+    assert 2 <= len(server.requests) <= num_threads + 2
 
 
-def test_a_late_reply_is_not_taken_for_the_next(server: Server, store: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_reply_is_not_taken_for_the_next(server: StoreServer, store: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
     store.set("k", b"right")
     monkeypatch.setattr(store_client, "REPLY_MARGIN_S", -0.2)  # gives up before the driver's word comes
     with pytest.raises(PeerLostError):
@@ -153,13 +179,13 @@ def test_a_late_reply_is_not_taken_for_the_next(server: Server, store: StoreClie
     ],
     ids=["refused", "wrong answer"],
 )
-def test_a_connection_that_is_not_accepted(server: Server, answer: Reject | StoreReply, error: type[Exception], words: str) -> None:
+def test_a_connection_that_is_not_accepted(server: StoreServer, answer: Reject | StoreReply, error: type[Exception], words: str) -> None:
     server.answer = answer
     with pytest.raises(error, match=words):
         server.client().count()
 
 
-def test_a_silent_driver_is_a_lost_peer(server: Server, store: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_driver_is_a_lost_peer(server: StoreServer, store: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
     store.count()
     server.is_silent = True
     monkeypatch.setattr(store_client, "REPLY_MARGIN_S", 0.02)
@@ -187,13 +213,23 @@ def test_torch_learns_of_a_timeout(store: StoreClient) -> None:
     torch_store = CoordinatorStore(store)
     torch_store.set_timeout(timedelta(seconds=0.01))
     prefixed = PrefixStore("p", torch_store)
-    with pytest.raises((StoreTimeoutError, RuntimeError), match="no value for p/absent within"):
+    with pytest.raises(dist.DistStoreError, match="no value for p/absent within"):
         prefixed.get("absent")
-    with pytest.raises((StoreTimeoutError, RuntimeError), match="no value for p/absent"):
+    with pytest.raises(dist.DistStoreError, match="no value for p/absent"):
         prefixed.wait(["absent"], timedelta(seconds=0.01))
 
 
-def test_what_is_no_reply_is_a_broken_protocol(server: Server, store: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_torchs_store_is_a_lost_peer() -> None:
+    server = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=10), wait_for_workers=False)
+    client = TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=10), wait_for_workers=False)
+    store = TorchStoreAdapter(client, timeout_s=10.0)
+    store.set("k", b"")
+    del server
+    with pytest.raises(PeerLostError, match="torch's store is gone: "):
+        store.check(["k"])
+
+
+def test_what_is_no_reply_is_a_broken_protocol(server: StoreServer, store: StoreClient, monkeypatch: pytest.MonkeyPatch) -> None:
     beat = Beat(phase="idle", seq=0, done_seq=0, step_id=0, memory_bytes=0)
     client = store._connection()
     monkeypatch.setattr(client, "receive", lambda timeout_s: (beat, []))
