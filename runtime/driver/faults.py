@@ -24,6 +24,11 @@ _PEER_LOSS = re.compile(
 )
 
 
+def is_peer_loss(text: str) -> bool:
+    """Say whether the text of an error is explained by the end of another rank."""
+    return _PEER_LOSS.search(text) is not None
+
+
 @dataclass(frozen=True)
 class RankIdentity:
     """Where a rank runs, as far as is known."""
@@ -116,7 +121,7 @@ def _severity(seen: _Seen) -> int:
     if seen.failure is None:
         return 0
     assert seen.failure is not None
-    return 2 if _PEER_LOSS.search(seen.failure.message) else 1
+    return 2 if is_peer_loss(seen.failure.message) else 1
 
 
 def _one_line(seen: _Seen) -> str:

@@ -33,6 +33,7 @@ from .agent_protocol import (
     RankLog,
     RankStart,
     RankStarted,
+    Signal,
     Start,
     Stop,
 )
@@ -45,6 +46,7 @@ _MAX_PENDING_LOG_BYTES = 8 << 20
 _SWEEP_PERIOD_S = 0.005
 _FLUSH_S = 2.0
 _DEFAULT_KILL_S = 2.0
+_MIN_REAP_S = 2.0  # for what is killed at once, too
 
 
 class Agent:
@@ -71,6 +73,7 @@ class Agent:
         become_subreaper()
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop, 0.0, _DEFAULT_KILL_S)
+        loop.add_signal_handler(signal.SIGQUIT, self._stop, 0.0, 0.0)
         loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         self._stream.open()
         try:
@@ -131,7 +134,8 @@ class Agent:
             self._kill_at = 0.0
 
     async def _start_rank(self, order: Start, start: RankStart) -> None:
-        rank = self._ranks[start.rank] = RankProcess(start.rank, order.log_dir, self._report, self._change.set)
+        error_file = start.environment.get("TORCHELASTIC_ERROR_FILE")
+        rank = self._ranks[start.rank] = RankProcess(start.rank, order.log_dir, self._report, self._change.set, error_file)
         write_fds = rank.open_output()
         try:
             if self._zygote is not None:
@@ -151,6 +155,9 @@ class Agent:
             self._accept(record)
         elif isinstance(record, Stop):
             self._stop(record.grace_s, record.kill_s)
+        elif isinstance(record, Signal):
+            for rank in self._running():
+                (rank.signal if record.number == signal.SIGTERM else rank.signal_group)(record.number)
         else:
             self._stream.send(AgentWarning(f"the order {type(record).__name__} was not expected and is ignored"))
         self._change.set()
@@ -186,7 +193,7 @@ class Agent:
         if not self._is_terminated:
             self._term_at = min(self._term_at, now + grace_s)
         self._kill_at = min(self._kill_at, now + grace_s + kill_s)
-        self._kill_s = kill_s
+        self._kill_s = max(kill_s, _MIN_REAP_S)
         self._change.set()
 
     # --- what is reported ---

@@ -1,13 +1,15 @@
-"""``zspmd-run [options] PROGRAM [args]``: start a launch from the command line.
+"""``zspmd-run [options] COMMAND [args]``: start a launch from the command line.
 
-PROGRAM is one of the modules of ``runtime/programs``, which offer
+COMMAND is a script for the ranks (a name with .py or a slash, -m MODULE, or --no-python COMMAND: ``driver.script_launch``), or one of
+the modules of ``runtime/programs``, which offer
 
     add_arguments(parser)             their own arguments
     prepare(arguments, options)       check them before anything starts, and return the model or worker as text for ``--dry-run``
     run(arguments, options)           read what is to be read, and return a coroutine whose result is the exit code
 
-Exit codes: 0 done, 1 to 119 and 128 + N from the rank that failed first, 2 wrong input, 120 the ranks could not be started, 122 not
-ready in time, 129, 130 and 143 ended by SIGHUP, SIGINT and SIGTERM.
+Exit codes: 0 done, 1 to 119 and 128 + N from the rank that failed first (126 and 127: it could not be executed, was not found), 2 wrong
+input, 120 the ranks could not be started, 121 the agent of the node is gone, 122 not ready in time, 129, 130 and 143 ended by SIGHUP,
+SIGINT and SIGTERM, 141 nobody reads standard output any longer.
 """
 
 from __future__ import annotations
@@ -16,39 +18,31 @@ import argparse
 import asyncio
 import difflib
 import importlib
+import os
 import pkgutil
+import shlex
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import uvloop
 
-from ... import __version__
-from ...config import ParallelConfig
-from ...errors import ConfigError, LaunchError, ReadyTimeoutError, RequestError, TopologyError, WorkerExitedError, ZspmdError
+from ...errors import ConfigError, LaunchError, PeerLostError, ReadyTimeoutError, RequestError, WorkerExitedError, ZspmdError
+from ...process import child_pids
 from ...topology import axis_groups
-from .devices import detect_devices
-from .launch_id import check_launch_id, generate_launch_id
-from .plan import plan_local
+from .options import LaunchOptions as LaunchOptions
+from .options import ScriptOptions, build_parser, ignored_options, is_script, launch_options, script_options, wants_logs
+from .plan import LaunchPlan, plan_local
 from .ports import first_candidate
 from .run_directory import run_directory_path
 
-USAGE_ERROR, START_FAILED, NOT_READY = 2, 120, 122
+USAGE_ERROR, START_FAILED, NODE_LOST, NOT_READY = 2, 120, 121, 122
 _PROGRAMS = "zspmd.runtime.programs"
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """What the command line says about the launch, apart from its program."""
-
-    parallel: ParallelConfig
-    launch_id: str
-    devices: tuple[str, ...]
-    log_dir: str | None
-    is_quiet: bool
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Program(Protocol):
@@ -64,17 +58,10 @@ class Program(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one message on stderr."""
     try:
-        arguments = _parser().parse_args(argv)
-        program = _find_program(arguments.program)
-        parser = argparse.ArgumentParser(prog=f"zspmd-run {arguments.program}", description=program.__doc__)
-        program.add_arguments(parser)
-        program_arguments = parser.parse_args(arguments.args)
-        options = _options(arguments)
-        described = program.prepare(program_arguments, options)
-        if arguments.dry_run:
-            print(_describe_plan(options, arguments.program, described))
-            return 0
-        return uvloop.run(_run_until_signal(program.run(program_arguments, options)))
+        arguments = build_parser(_program_names()).parse_args(argv)
+        if arguments.command[0] == "--":  # up to Python 3.12 argparse leaves it there
+            del arguments.command[0]
+        return _main_script(arguments) if is_script(arguments) else _main_program(arguments)
     except ZspmdError as error:
         print(f"zspmd-run: {error}", file=sys.stderr)
         return exit_code(error)
@@ -90,26 +77,37 @@ def exit_code(error: ZspmdError) -> int:
         return NOT_READY
     if isinstance(error, LaunchError):
         return START_FAILED
+    if isinstance(error, PeerLostError):
+        return NODE_LOST
     return USAGE_ERROR if isinstance(error, (ConfigError, RequestError)) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="zspmd-run",
-        description="Start SPMD ranks under supervision and run a program on them.",
-        epilog=f"programs: {', '.join(_program_names())}; 'zspmd-run PROGRAM --help' shows a program's own arguments",
-    )
-    parser.add_argument("-n", "--nproc-per-node", type=int, metavar="N", help="ranks on this machine (default: tp)")
-    parser.add_argument("--tp", type=int, metavar="N", help="ranks that share each layer (default: all ranks)")
-    parser.add_argument("--launch-id", metavar="ID", help="a name for this launch, unique while it lives (default: made up)")
-    parser.add_argument("--devices", default="auto", metavar="LIST", help="auto, cpu, cuda, or one device a rank: cuda:0,cuda:1")
-    parser.add_argument("--log-dir", metavar="DIR", help="write each rank's raw output to DIR/r00000.out and .err")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and start nothing")
-    parser.add_argument("-q", "--quiet", action="store_true", help="show ranks' lines and errors only")
-    parser.add_argument("--version", action="version", version=f"zspmd {__version__}")
-    parser.add_argument("program", metavar="PROGRAM", help="what to run: " + ", ".join(_program_names()))
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="the program's own arguments")
-    return parser
+def _main_program(arguments: argparse.Namespace) -> int:
+    name, *rest = arguments.command
+    program = _find_program(name)
+    parser = argparse.ArgumentParser(prog=f"zspmd-run {name}", description=program.__doc__)
+    program.add_arguments(parser)
+    program_arguments = parser.parse_args(rest)
+    options = launch_options(arguments, name)
+    described = program.prepare(program_arguments, options)
+    if arguments.dry_run:
+        print(_describe_program(options, name, described))
+        return 0
+    return int(uvloop.run(_run_until_signal(program.run(program_arguments, options))))
+
+
+def _main_script(arguments: argparse.Namespace) -> int:
+    options = script_options(arguments)
+    if arguments.dry_run:
+        print(_describe_script(replace(options, log_dir="a new temporary directory") if wants_logs(arguments) else options))
+        return 0
+    notes = [f"{', '.join(names)} means nothing on one node and is ignored" for names in [ignored_options(arguments)] if names]
+    if wants_logs(arguments):
+        options = replace(options, log_dir=tempfile.mkdtemp(prefix=f"zspmd-{options.launch_id}-"))
+        notes.append(f"log files are in {options.log_dir}")
+    for note in [] if options.is_quiet else notes:
+        print(f"[zspmd] {note}", file=sys.stderr)
+    return int(uvloop.run(_run_script(options)))
 
 
 def _program_names() -> list[str]:
@@ -121,28 +119,16 @@ def _find_program(name: str) -> Program:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; to run the file of that name write ./{name}" if os.path.isfile(name) else hint
         raise ConfigError(f"unknown program {name!r}; programs are {', '.join(names)}{hint}")
     program: Program = importlib.import_module(f"{_PROGRAMS}.{name}")
     return program
 
 
-def _options(arguments: argparse.Namespace) -> LaunchOptions:
-    num_ranks, tp = arguments.nproc_per_node, arguments.tp
-    if num_ranks is not None and num_ranks < 1:
-        raise TopologyError(f"--nproc-per-node is {num_ranks}; it must be at least 1")
-    parallel = ParallelConfig(tp=tp if tp is not None else num_ranks or 1)
-    if num_ranks is not None and num_ranks != parallel.world_size:
-        raise TopologyError(f"--nproc-per-node {num_ranks} and --tp {tp} do not agree; give one of them, or equal numbers")
-    return LaunchOptions(
-        parallel=parallel,
-        launch_id=generate_launch_id() if arguments.launch_id is None else check_launch_id(arguments.launch_id),
-        devices=tuple(detect_devices(arguments.devices, parallel.world_size)),
-        log_dir=arguments.log_dir,
-        is_quiet=arguments.quiet,
-    )
+# --- plans ---
 
 
-def _describe_plan(options: LaunchOptions, program: str, described: str) -> str:
+def _describe_program(options: LaunchOptions, program: str, described: str) -> str:
     """Return the plan as text: launch, endpoints, ranks and mesh."""
     directory = run_directory_path(options.launch_id)
     plan = plan_local(
@@ -152,13 +138,40 @@ def _describe_plan(options: LaunchOptions, program: str, described: str) -> str:
         run_directory=str(directory),
         devices=options.devices,
     )
-    lines = [
-        f"launch   {plan.launch_id}",
-        f"program  {program}: {described}",
-        f"world    {plan.world_size} ranks on {len(plan.hosts)} host",
-        f"master   {plan.master_addr}:{plan.master_port} (first candidate)",
+    facts = [
         *(f"socket   ipc://{directory}/{name}" for name in ("step", "result", "control")),
         *(f"mesh     {axis}: {' '.join(str(list(ranks)) for ranks in axis_groups(options.parallel, axis))}" for axis in ("tp", "pp", "dp")),
+    ]
+    return _describe_plan(plan, f"program  {program}: {described}", "first candidate", facts)
+
+
+def _describe_script(options: ScriptOptions) -> str:
+    """Return the plan as text: what is executed, where, with which port, threads and variables."""
+    from ..driver.script_launch import script_environment, script_plan
+
+    directory = run_directory_path(options.launch_id)
+    port = options.master_port or first_candidate(options.launch_id, "master")
+    plan = script_plan(options, port, str(directory))
+    environment = script_environment(options, plan, 0)
+    facts = [
+        f"socket   ipc://{directory}/control",
+        f"cwd      {os.getcwd()}",
+        f"threads  OMP_NUM_THREADS={environment['OMP_NUM_THREADS']}",
+        f"devices  CUDA_VISIBLE_DEVICES={environment.get('CUDA_VISIBLE_DEVICES', '(not set)')}",
+        f"env      {' '.join(options.environment) or '(nothing beside this environment and the facts of the launch)'}",
+        f"logs     {options.log_dir or '(none)'}",
+    ]
+    chosen = "as given" if options.master_port else "first candidate"
+    return _describe_plan(plan, f"script   {shlex.join(options.argv)}", chosen, facts)
+
+
+def _describe_plan(plan: LaunchPlan, command: str, chosen: str, facts: Sequence[str]) -> str:
+    lines = [
+        f"launch   {plan.launch_id}",
+        command,
+        f"world    {plan.world_size} rank{'s' if plan.world_size > 1 else ''} on {len(plan.hosts)} host",
+        f"master   {plan.master_addr}:{plan.master_port} ({chosen})",
+        *facts,
     ]
     rows = plan.describe()
     lines.append("         ".join(("", "  ".join(f"{name:<9}" for name in rows[0]))))
@@ -166,25 +179,55 @@ def _describe_plan(options: LaunchOptions, program: str, described: str) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+# --- running ---
+
+
+async def _run_script(options: ScriptOptions) -> int:
+    from ..driver.script_launch import ScriptLaunch
+
+    launch = ScriptLaunch(options)
+    _on_stop_signals(launch.interrupt)
+    return await launch.run()
+
+
 async def _run_until_signal(program: Coroutine[Any, Any, int]) -> int:
-    """Run a program; SIGINT, SIGTERM and SIGHUP cancel it, which ends its ranks, and become the exit code 128 + N."""
+    """Run a program; SIGINT, SIGTERM and SIGHUP end it and become the exit code 128 + N.
+
+    The first cancels it, so that it can drain. The second has its agents end their ranks by SIGTERM, the third by SIGKILL; either
+    way the program still runs to its end, and nothing is left when this returns.
+    """
     task = asyncio.ensure_future(program)
     received: list[int] = []
 
-    def cancel(number: int) -> None:
+    def end(number: int) -> None:
         received.append(number)
-        task.cancel()
+        if len(received) == 1:
+            name = signal.Signals(number).name
+            print(f"zspmd-run: {name}: ending; a signal more ends the ranks in 2 s, yet another at once", file=sys.stderr, flush=True)
+            task.cancel()
+            return
+        for pid in child_pids():
+            os.kill(pid, signal.SIGTERM if len(received) == 2 else signal.SIGQUIT)
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, cancel, number)
+    _on_stop_signals(end)
     try:
         return await task
     except asyncio.CancelledError:
         if not received:
             raise
+    except ZspmdError as error:
+        if len(received) < 2:
+            raise
+        print(f"zspmd-run: {error}", file=sys.stderr)  # what ending its ranks by force has made of it
     print(f"zspmd-run: ended by {signal.Signals(received[0]).name}", file=sys.stderr)
     return 128 + received[0]
+
+
+def _on_stop_signals(handle: Callable[[int], None]) -> None:
+    loop = asyncio.get_running_loop()
+    for number in _STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+            loop.add_signal_handler(number, handle, number)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,37 @@ def detect_devices(devices: str | Sequence[str], world_size: int) -> list[str]:
     return _listed([entry.strip() for entry in devices.split(",")] if isinstance(devices, str) else list(devices), world_size)
 
 
+def script_devices(devices: str, world_size: int) -> tuple[list[str], str | None]:
+    """Return the device of each rank as the rank itself sees it, and its CUDA_VISIBLE_DEVICES: None to leave that as it is.
+
+    A list of CUDA devices becomes what every rank sees, in rank order, so that the local rank indexes it. "auto" never fails: where
+    there are fewer devices than ranks each is said to be on the CPU, and what the script does is its own affair.
+
+    Raises:
+        ConfigError: a device named twice, or "cpu" among CUDA devices.
+        ConfigError, TopologyError: as ``detect_devices``.
+    """
+    if devices == "auto":
+        is_cuda = world_size <= num_cuda_devices()
+        return [f"cuda:{rank}" if is_cuda else "cpu" for rank in range(world_size)], None
+    chosen = detect_devices(devices, world_size)
+    if devices == "cuda":
+        return chosen, None
+    if set(chosen) == {"cpu"}:
+        return chosen, ""
+    if "cpu" in chosen:
+        raise ConfigError(f"--devices {devices} mixes cpu and cuda; scripts find their device by LOCAL_RANK, so list CUDA devices only")
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(
+            f"--devices {devices} names a device twice, which CUDA_VISIBLE_DEVICES cannot say; list each once, "
+            "or leave --devices out and let the script choose"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else [name.strip() for name in visible.split(",")]
+    indices = [int(device.partition(":")[2]) for device in chosen]
+    return [f"cuda:{rank}" for rank in range(world_size)], ",".join(str(i) if names is None else names[i] for i in indices)
+
+
 def num_cuda_devices() -> int:
     """Return how many CUDA devices a process started now would see; touches no driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -25,6 +25,17 @@ class LineSplitter:
         parts, self._partial = _cut(self._partial)
         return texts + parts
 
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether the line that is not complete yet has been begun anew by a carriage return."""
+        return b"\r" in self._partial
+
+    def take_state(self) -> list[str]:
+        """Return the state that was overwritten last, which is the newest that is surely complete."""
+        overwritten, _, self._partial = self._partial.rpartition(b"\r")
+        state = _decode(overwritten)
+        return [state] if state else []
+
     def flush(self) -> list[str]:
         """Return the last line when it did not end with a newline."""
         partial, self._partial = self._partial, b""

@@ -67,6 +67,21 @@ def reserve_port(launch_id: str, purpose: str, host: str = "127.0.0.1") -> Reser
     raise EndpointInUseError(f"all ports from {FIRST_PORT} to {LAST_PORT} of {host} are taken; end other launches on this machine")
 
 
+def hold_port(host: str, port: int) -> ReservedPort:
+    """Hold this very port; keep the result open for the whole launch.
+
+    Raises:
+        ConfigError: ``host`` is no address of this machine.
+        EndpointInUseError: somebody has the port.
+    """
+    holder = _hold(host, port)
+    if holder is None:
+        raise EndpointInUseError(
+            f"port {port} of {host} is taken or privileged ('ss -ltnp' may show by whom); choose another, or none to be given a free one"
+        )
+    return ReservedPort(host, port, holder)
+
+
 def _hold(host: str, port: int) -> socket.socket | None:
     holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:

@@ -9,13 +9,15 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from .agent_protocol import AgentWarning, RankExited, RankLog
+from .agent_protocol import MAX_ERROR_REPORT_BYTES, AgentWarning, RankExited, RankLog
 from .line_splitter import LineSplitter
 
 TAIL_LINES = 40
 _CHUNK_BYTES = 64 << 10
 # What a rank that has ended can have left in a pipe is one pipe buffer. A grandchild that goes on printing is read no further.
 _MAX_DRAIN_BYTES = 4 << 20
+# How often the state of a line that is overwritten, such as a progress bar, is told.
+_PROGRESS_S = 1.0
 
 Report = Callable[[RankLog | RankExited | AgentWarning], None]
 
@@ -32,6 +34,7 @@ class RankOutput:
         self._log_path = None if log_dir is None else Path(log_dir) / f"r{rank:05d}.{stream}"
         self._log_fd = -1
         self._read_fd = -1
+        self._progress: asyncio.TimerHandle | None = None
 
     def open(self) -> int:
         """Begin to read; return the write end for the rank, which the caller closes once the rank has it.
@@ -58,6 +61,9 @@ class RankOutput:
 
     def close(self) -> None:
         """Stop reading; safe to call again."""
+        if self._progress is not None:
+            self._progress.cancel()
+            self._progress = None
         if self._read_fd >= 0:
             asyncio.get_running_loop().remove_reader(self._read_fd)
             os.close(self._read_fd)
@@ -77,7 +83,13 @@ class RankOutput:
             return 0
         self._save(data)
         self._emit(self._splitter.feed(data))
+        if self._progress is None and self._splitter.is_overwritten:
+            self._progress = asyncio.get_running_loop().call_later(_PROGRESS_S, self._show_progress)
         return len(data)
+
+    def _show_progress(self) -> None:
+        self._progress = None
+        self._emit(self._splitter.take_state())
 
     def _save(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -101,12 +113,13 @@ class RankProcess:
     and after everything that it printed was read, one ``RankExited`` is reported and ``on_exit`` called.
     """
 
-    def __init__(self, rank: int, log_dir: str | None, report: Report, on_exit: Callable[[], None]) -> None:
+    def __init__(self, rank: int, log_dir: str | None, report: Report, on_exit: Callable[[], None], error_file: str | None = None) -> None:
         self.rank = rank
         self.pid = 0
         self.exit_code: int | None = None
         self._report = report
         self._on_exit = on_exit
+        self._error_file = error_file
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._outputs = [RankOutput(rank, stream, log_dir, self._on_lines, report) for stream in ("out", "err")]
         self._pidfd = -1
@@ -160,8 +173,18 @@ class RankProcess:
         for output in self._outputs:
             output.drain()
         self.exit_code = os.waitstatus_to_exitcode(status)
-        self._report(RankExited(self.rank, self.pid, self.exit_code, tuple(self._tail)))
+        self._report(RankExited(self.rank, self.pid, self.exit_code, tuple(self._tail), self._error_report()))
         self._on_exit()
+
+    def _error_report(self) -> str:
+        if self._error_file is None or not os.path.isfile(self._error_file):
+            return ""
+        try:
+            with open(self._error_file, errors="replace") as file:
+                return file.read(MAX_ERROR_REPORT_BYTES // 4)  # characters, of at most four bytes
+        except OSError as error:
+            self._report(AgentWarning(f"rank {self.rank}: {self._error_file} cannot be read: {error}"))
+            return ""
 
     def _on_lines(self, stream: str, lines: list[str]) -> None:
         self._tail.extend(lines)

@@ -9,6 +9,9 @@ The lock file lies in the directory and goes with it, so whoever locks it looks 
                ^________ENOENT________|         | no
                ^________________________________|
     remove:  unlink all but the lock -> unlink the lock -> rmdir -> close (the lock ends here)
+
+A launch whose driver and agent were both killed leaves its directory. The next launch, whatever its id, removes it: a directory is
+dead when its lock can be taken.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from ...errors import ConfigError, EndpointInUseError, LaunchError
@@ -30,6 +34,9 @@ LOCK_NAME = "lock"
 MAX_SOCKET_PATH_BYTES = 107
 _LONGEST_NAME_BYTES = 24
 _ROOM_FOR_ENDPOINT_BYTES = 16
+# Whoever looks whether a directory is dead holds its lock for a moment.
+_LOCK_RETRY_S = 0.25
+_LOCK_RETRY_PERIOD_S = 0.005
 
 
 class RunDirectory:
@@ -47,6 +54,8 @@ class RunDirectory:
     def create(cls, launch_id: str) -> RunDirectory:
         """Make and lock the directory of a launch, or take over the one that a dead launch of the same id left.
 
+        What other dead launches of this user have left goes too.
+
         Raises:
             ConfigError: the launch id cannot be used, or the path is too long for a socket.
             EndpointInUseError: a live launch has the same id; the message names its pid.
@@ -55,6 +64,7 @@ class RunDirectory:
         path = run_directory_path(launch_id)
         _check_socket_path(path / ("x" * _ROOM_FOR_ENDPOINT_BYTES))
         _make_private(path.parent)
+        remove_dead_directories()
         while True:
             _make_private(path)
             lock_fd = _lock(path, launch_id)
@@ -119,6 +129,35 @@ def run_directory_path(launch_id: str) -> Path:
     return Path(tempfile.gettempdir()) / f"zspmd-{os.getuid()}" / name
 
 
+def remove_dead_directories() -> list[str]:
+    """Remove the directories of launches that are dead, and return their names."""
+    parent = run_directory_path("any").parent
+    removed = []
+    for entry in list(os.scandir(parent)) if parent.is_dir() else []:
+        lock_fd = _take_dead_lock(Path(entry.path)) if entry.is_dir(follow_symlinks=False) else None
+        if lock_fd is not None:
+            RunDirectory(Path(entry.path), lock_fd).remove()
+            removed.append(entry.name)
+    return removed
+
+
+def _take_dead_lock(path: Path) -> int | None:
+    """Return the lock of a directory that nobody holds; None where somebody does or it is just being made or removed."""
+    try:
+        lock_fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock_fd)
+        return None
+    if not _is_same_file(path / LOCK_NAME, lock_fd):
+        os.close(lock_fd)
+        return None
+    return lock_fd
+
+
 def _make_private(path: Path) -> None:
     """Make the directory, or check that the one that is there is nobody else's."""
     try:
@@ -144,9 +183,9 @@ def _lock(path: Path, launch_id: str) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _wait_locked(lock_fd)
     except BlockingIOError as error:
-        holder = os.pread(lock_fd, 32, 0).decode(errors="replace").strip()
+        holder = _holder(lock_fd)
         os.close(lock_fd)
         who = f"pid {holder}" if holder else "a process that is just starting"
         raise EndpointInUseError(f"launch id {launch_id!r} is held by {who}; end that launch or choose another id") from error
@@ -154,6 +193,24 @@ def _lock(path: Path, launch_id: str) -> int | None:
         os.close(lock_fd)
         return None
     return lock_fd
+
+
+def _wait_locked(lock_fd: int) -> None:
+    """Take the lock; raises BlockingIOError where a live process holds it, or anybody for more than ``_LOCK_RETRY_S``."""
+    deadline = time.monotonic() + _LOCK_RETRY_S
+    while True:
+        try:
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = _holder(lock_fd)
+            if (holder.isdigit() and os.path.exists(f"/proc/{holder}")) or time.monotonic() > deadline:
+                raise
+        time.sleep(_LOCK_RETRY_PERIOD_S)
+
+
+def _holder(lock_fd: int) -> str:
+    return os.pread(lock_fd, 32, 0).decode(errors="replace").strip()
 
 
 def _is_same_file(path: Path, fd: int) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...errors import BadFrameError, LaunchError, describe_exit
-from .agent_protocol import AgentGone, AgentRecord, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Start, Stop
+from .agent_protocol import AgentGone, AgentRecord, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Signal, Start, Stop
 from .record_stream import RecordStream
 from .run_directory import RunDirectory
 
@@ -102,12 +102,22 @@ class NodeSupervisor:
         """
         if self._agent is None or self._stream is None:
             return {}
-        self._stream.send(Stop(grace_s, kill_s))
+        self.stop_nowait(grace_s, kill_s)
         if not await self._wait_reaped(grace_s + 2 * kill_s + _MARGIN_S):
             self._signal_agent(signal.SIGKILL)
             if not await self._wait_reaped(_MARGIN_S):
                 raise LaunchError(f"the agent, pid {self._agent.pid}, did not end {_MARGIN_S} s after SIGKILL; see its state in /proc")
         return self.exit_codes
+
+    def stop_nowait(self, grace_s: float, kill_s: float) -> None:
+        """Ask for the same without waiting for it."""
+        if self._stream is not None:
+            self._stream.send(Stop(grace_s, kill_s))
+
+    def signal_nowait(self, number: int) -> None:
+        """Have a signal sent to every rank that runs, as ``Signal`` says."""
+        if self._stream is not None:
+            self._stream.send(Signal(int(number)))
 
     def kill_nowait(self) -> None:
         """End everything at once without waiting: the agent finds its driver gone and kills all that it has. Safe to call again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from zspmd.errors import (
     ConfigError,
     EndpointInUseError,
+    PeerLostError,
     ReadyTimeoutError,
     RequestError,
     WorkerExitedError,
@@ -18,12 +20,13 @@ from zspmd.errors import (
 )
 from zspmd.runtime.engine.checkpoint import DEMO_MODEL
 from zspmd.runtime.launch.cli import exit_code, main
+from zspmd.runtime.launch.ports import first_candidate
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generat", "x"], "unknown program 'generat'; programs are generate; did you mean 'generate'"),
+        (["generat", "x"], "unknown program 'generat'; programs are .*generate.*; did you mean 'generate'"),
         (["generate", "--model", "/nowhere/at/all", "x"], "no model directory /nowhere/at/all; give a local directory"),
         (["generate", "--temperature", "-1", "x"], "temperature is -1.0; it must be a number from 0 to 100"),
         (["generate", "--max-tokens", "0", "x"], "max_tokens is 0; it must be a whole number from 1"),
@@ -79,6 +82,34 @@ def test_a_dry_run_shows_ranks_sockets_and_mesh_and_starts_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_a_script_shows_what_its_ranks_would_get(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "absent"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (tmp_path / "train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["-n", "2", "--launch-id", "plan", "--env", "KEY=secret", "--tee", "3", "--dry-run", "train.py", "--lr", "a b"]) == 0
+    shown = capsys.readouterr().out
+    assert f"script   {sys.executable} -u train.py --lr 'a b'\n" in shown
+    assert f"master   127.0.0.1:{first_candidate('plan', 'master')} (first candidate)\n" in shown
+    assert "threads  OMP_NUM_THREADS=3\n" in shown
+    assert "env      KEY\n" in shown
+    assert "secret" not in shown
+    assert len(re.findall(r"^rank     \d +\d +0 +localhost +cpu$", shown, re.MULTILINE)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_a_file_that_looks_like_a_program_is_told_apart(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "train").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["train"]) == 2
+    assert "unknown program 'train'" in (told := capsys.readouterr().err)
+    assert told.endswith("; to run the file of that name write ./train\n")
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -88,10 +119,11 @@ def test_a_dry_run_shows_ranks_sockets_and_mesh_and_starts_nothing(
         (WorkerRaisedError("no", rank=0), 1),
         (EndpointInUseError("held"), 120),
         (ReadyTimeoutError("late"), 122),
+        (PeerLostError("agent"), 121),
         (ConfigError("wrong"), 2),
         (RequestError("wrong"), 2),
     ],
-    ids=["own code", "signal", "left early", "raised", "in use", "not ready", "config", "request"],
+    ids=["own code", "signal", "left early", "raised", "in use", "not ready", "agent lost", "config", "request"],
 )
 def test_exit_codes_tell_the_first_cause(error: ZspmdError, code: int) -> None:
     assert exit_code(error) == code

@@ -8,7 +8,7 @@ import pytest
 
 from zspmd.errors import ConfigError, TopologyError
 from zspmd.runtime.launch import devices
-from zspmd.runtime.launch.devices import available_cores, detect_devices, num_cuda_devices
+from zspmd.runtime.launch.devices import available_cores, detect_devices, num_cuda_devices, script_devices
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,35 @@ def test_devices_that_do_not_suffice(
 def test_cores_respect_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5})
     assert available_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "before", "world_size", "devices_seen", "visible"),
+    [
+        ("auto", None, 3, ["cuda:0", "cuda:1", "cuda:2"], None),
+        ("auto", None, 4, ["cpu"] * 4, None),
+        ("cuda", None, 2, ["cuda:0", "cuda:1"], None),
+        ("cpu", None, 2, ["cpu", "cpu"], ""),
+        ("cuda:2,cuda:0", None, 2, ["cuda:0", "cuda:1"], "2,0"),
+        ("cuda:1,cuda:0", "2, GPU-8a", 2, ["cuda:0", "cuda:1"], "GPU-8a,2"),
+    ],
+    ids=["auto", "auto, too few", "cuda", "cpu", "list", "list of what is visible"],
+)
+def test_the_ranks_of_a_script_index_what_they_see(
+    monkeypatch: pytest.MonkeyPatch, listed: str, before: str | None, world_size: int, devices_seen: list[str], visible: str | None
+) -> None:
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    assert script_devices(listed, world_size) == (devices_seen, visible)
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [("cuda:0,cuda:0", "names a device twice"), ("cpu,cuda:0", "mixes cpu and cuda"), ("gpu0,gpu1", "device 'gpu0' is unknown")],
+)
+def test_devices_that_a_script_cannot_have(monkeypatch: pytest.MonkeyPatch, listed: str, words: str) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ConfigError, match=words):
+        script_devices(listed, 2)

@@ -48,3 +48,14 @@ def test_endless_progress_needs_bounded_memory() -> None:
 def test_how_the_bytes_arrive_does_not_matter(chunks: list[bytes]) -> None:
     parted, whole = LineSplitter(), LineSplitter()
     assert [line for chunk in chunks for line in parted.feed(chunk)] + parted.flush() == whole.feed(b"".join(chunks)) + whole.flush()
+
+
+def test_a_progress_bar_is_told_in_states_that_are_complete() -> None:
+    splitter = LineSplitter()
+    assert splitter.feed(b"\r 10%|#") == []
+    assert splitter.take_state() == []
+    assert splitter.feed(b"\r 20%|##\r 3") == []
+    assert splitter.is_overwritten
+    assert splitter.take_state() == [" 20%|##"]
+    assert splitter.take_state() == []
+    assert splitter.feed(b"0%|###\rdone\n") == ["done"]

@@ -4,7 +4,7 @@ import pytest
 
 from zspmd.errors import ConfigError, TopologyError
 from zspmd.runtime.launch import plan as plan_module
-from zspmd.runtime.launch.plan import LaunchPlan, RankPlan, plan_local
+from zspmd.runtime.launch.plan import FACT_NAMES, LaunchPlan, RankPlan, plan_local
 
 
 def make_plan(world_size: int = 4) -> LaunchPlan:
@@ -17,6 +17,13 @@ def test_a_local_plan_puts_every_rank_on_one_node() -> None:
     assert plan.hosts == ("localhost",)
     assert [row["rank"] for row in plan.describe()] == ["0", "1"]
     assert {row["device"] for row in plan.describe()} == {"cpu"}
+
+
+def test_the_names_of_the_facts_are_those_that_ranks_are_told() -> None:
+    told = {
+        name for name, value in make_plan().rank_environment(0, dict.fromkeys(FACT_NAMES, "not a fact")).items() if value != "not a fact"
+    }
+    assert told - {"OMP_NUM_THREADS", "PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "TORCH_NCCL_ASYNC_ERROR_HANDLING"} == FACT_NAMES
 
 
 def test_ranks_are_told_the_facts_of_rfc_3587_and_the_names_of_torch() -> None:

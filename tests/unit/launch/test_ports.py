@@ -8,7 +8,7 @@ import pytest
 
 from zspmd.errors import ConfigError, EndpointInUseError
 from zspmd.runtime.launch import ports
-from zspmd.runtime.launch.ports import FIRST_PORT, LAST_PORT, first_candidate, reserve_port
+from zspmd.runtime.launch.ports import FIRST_PORT, LAST_PORT, first_candidate, hold_port, reserve_port
 
 
 def test_the_candidate_follows_from_id_and_purpose() -> None:
@@ -22,6 +22,15 @@ def test_reservations_of_one_id_never_share_a_port() -> None:
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(reserve_port("same", "master")).port for _ in range(20)]
     assert len(set(held)) == 20
+
+
+def test_a_port_that_is_asked_for_is_held_or_refused() -> None:
+    with reserve_port("asked", "for") as held, pytest.raises(EndpointInUseError, match=f"port {held.port} of 127.0.0.1 is taken"):
+        hold_port("127.0.0.1", held.port)
+    with hold_port("127.0.0.1", held.port) as again:
+        assert (again.host, again.port) == ("127.0.0.1", held.port)
+        with reserve_port("asked", "for") as other:
+            assert other.port != held.port
 
 
 def test_probing_passes_the_end_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from zspmd.errors import ConfigError, EndpointInUseError, LaunchError
+from zspmd.runtime.launch import run_directory
 from zspmd.runtime.launch.run_directory import LOCK_NAME, MAX_SOCKET_PATH_BYTES, RunDirectory, run_directory_path
 
 # Says "won" and holds on until its stdin closes, or prints the refusal.
@@ -93,6 +94,45 @@ def test_what_a_dead_launch_left_is_taken_over() -> None:
     directory.remove()
 
 
+def leave_dead(name: str) -> Path:
+    """Make what a launch leaves when driver and agent are killed."""
+    path = run_directory_path(name)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.mkdir(mode=0o700)
+    (path / LOCK_NAME).write_text("999999\n")
+    (path / "step").write_text("")
+    return path
+
+
+def test_a_launch_removes_what_dead_ones_of_other_ids_left_and_nothing_else() -> None:
+    live = RunDirectory.create("live")
+    dead = [leave_dead("dead"), leave_dead("gone")]
+    made_just_now = run_directory_path("new")  # another launch is between mkdir and its lock
+    made_just_now.mkdir(mode=0o700)
+    RunDirectory.create("next").remove()
+    assert [path.exists() for path in dead] == [False, False]
+    assert made_just_now.exists()
+    assert (live.path / LOCK_NAME).exists()
+    live.remove()
+
+
+def test_a_launch_waits_for_somebody_who_only_looks_whether_its_directory_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = leave_dead("launch")
+    monkeypatch.setattr(run_directory, "remove_dead_directories", list)
+    with open(path / LOCK_NAME) as looker:
+        fcntl.flock(looker, fcntl.LOCK_EX)
+        monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(looker, fcntl.LOCK_UN))
+        RunDirectory.create("launch").remove()
+
+
+def test_a_lock_that_outlives_the_process_in_it_is_respected() -> None:
+    path = leave_dead("launch")
+    with open(path / LOCK_NAME) as agent:  # whose driver is dead
+        fcntl.flock(agent, fcntl.LOCK_EX)
+        with pytest.raises(EndpointInUseError, match="pid 999999"):
+            RunDirectory.create("launch")
+
+
 def test_removing_leaves_a_successor_alone() -> None:
     first = RunDirectory.create("launch")
     (first.path / LOCK_NAME).unlink()
@@ -104,8 +144,11 @@ def test_removing_leaves_a_successor_alone() -> None:
     second.remove()
 
 
-def test_a_lock_of_a_removed_directory_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("looks_for_dead", [True, False], ids=["while it looks for dead ones", "while it takes its own"])
+def test_a_lock_of_a_removed_directory_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch, looks_for_dead: bool) -> None:
     """A contender that opened the lock before its owner removed it must start over."""
+    if not looks_for_dead:
+        monkeypatch.setattr(run_directory, "remove_dead_directories", list)
     owner = RunDirectory.create("launch")
     real_flock = fcntl.flock
     locked: list[int] = []

@@ -1,0 +1,257 @@
+"""What a launch needs of this machine, one function a check; ``zspmd-run doctor`` runs them all.
+
+A check is "ok", "warn" (a launch works, something that people do with it may not) or "FAIL" (no launch works).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from ...errors import ConfigError, LaunchError
+from ...process import child_pids
+from .devices import available_cores, num_cuda_devices
+from .launch_id import generate_launch_id
+from .ports import FIRST_PORT, LAST_PORT, reserve_port
+from .run_directory import RunDirectory, remove_dead_directories
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+MIN_PYTHON = (3, 10)
+_MIN_FILES = 4096
+_MIN_PROCESSES = 4096
+_MIN_SHARED_BYTES = 256 << 20
+_MIN_TEMPORARY_BYTES = 64 << 20
+_MIN_MEMORY_BYTES = 1 << 30
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one check; ``advice`` says what to mend, and is empty where nothing is to be."""
+
+    name: str
+    status: str
+    text: str
+    advice: str = ""
+
+
+def check_python() -> Check:
+    """The interpreter and the operating system."""
+    text = f"{platform.python_version()} ({platform.python_implementation()}), {platform.system()} {platform.release()}, {sys.executable}"
+    if sys.platform != "linux":
+        return Check("python", FAIL, text, "zspmd needs Linux: pidfd, parent-death signals, subreapers")
+    if sys.version_info < MIN_PYTHON:
+        return Check("python", FAIL, text, f"install Python {'.'.join(map(str, MIN_PYTHON))} or newer")
+    return Check("python", OK, text)
+
+
+def check_packages() -> Check:
+    """The packages that zspmd requires, and their versions."""
+    try:
+        required = importlib.metadata.requires("zspmd") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Check("packages", WARN, "zspmd is not installed, only imported from a directory", "pip install it for its packages")
+    found, wrong = [], []
+    for requirement in required:
+        match = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", requirement.strip())
+        if match is None:  # those of the extras
+            continue
+        name, wanted = match.groups()
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        found.append(f"{name} {version}")
+        if wanted and _numbers(version) < _numbers(wanted):
+            wrong.append(f"{name} {version} is older than {wanted}")
+    if wrong:
+        return Check("packages", FAIL, "; ".join(wrong), "pip install --upgrade " + " ".join(entry.split()[0] for entry in wrong))
+    return Check("packages", OK, ", ".join(found))
+
+
+def check_zmq() -> Check:
+    """The ZeroMQ library: its version, and what it was built with."""
+    text = f"libzmq {zmq.zmq_version()}, pyzmq {zmq.__version__}"
+    if zmq.zmq_version_info() < (4, 2) or not zmq.has("ipc"):
+        return Check("zmq", FAIL, text, "needs libzmq 4.2 or newer with ipc: pip install --upgrade pyzmq")
+    if not zmq.has("curve"):
+        return Check("zmq", WARN, f"{text}, without CURVE", "one node needs none; encryption between nodes will need pyzmq's own wheels")
+    return Check("zmq", OK, f"{text}, with CURVE")
+
+
+def check_kernel() -> Check:
+    """The system calls by which ranks are supervised."""
+    missing = []
+    for name, probe in (
+        ("pidfd_open", lambda: os.close(os.pidfd_open(os.getpid()))),
+        ("memfd_create", lambda: os.close(os.memfd_create("zspmd-doctor"))),
+        ("/proc/PID/task/TID/children", child_pids),
+        ("pidfd_send_signal", _send_nothing),
+    ):
+        try:
+            probe()
+        except OSError as error:
+            missing.append(f"{name}: {error}")
+    if missing:
+        return Check("kernel", FAIL, "; ".join(missing), "needs Linux 5.4 or newer, and a container whose seccomp lets them through")
+    return Check("kernel", OK, "pidfd, memfd, children")
+
+
+def check_devices() -> Check:
+    """GPUs, as far as their files tell; torch's view is checked apart."""
+    count, visible = num_cuda_devices(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    text = f"{count} CUDA devices" + ("" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}")
+    if shutil.which("nvidia-smi") and not count and visible is None:
+        return Check(
+            "devices",
+            WARN,
+            f"{text}, and nvidia-smi is there",
+            "there are no files /dev/nvidia*: pass the GPUs into the container",
+        )
+    return Check("devices", OK, text if count else f"{text}: ranks compute on the CPU")
+
+
+def check_limits() -> Check:
+    """Limits of this user's processes."""
+    files, processes = resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    core, locked = resource.getrlimit(resource.RLIMIT_CORE)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    text = f"files {_limit(files)}, processes {_limit(processes)}, locked memory {_limit(locked)}, core {_limit(core)}"
+    low = [f"ulimit -n {_MIN_FILES}"] if _is_below(files, _MIN_FILES) else []
+    low += [f"ulimit -u {_MIN_PROCESSES}"] if _is_below(processes, _MIN_PROCESSES) else []
+    return Check("limits", WARN, text, f"many ranks may not fit: {' and '.join(low)}") if low else Check("limits", OK, text)
+
+
+def check_shared_memory() -> Check:
+    """/dev/shm, which torch's data loaders use."""
+    path = Path("/dev/shm")
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        return Check("shm", WARN, "/dev/shm is missing or cannot be written", "data loaders with workers need it: mount a tmpfs there")
+    free = shutil.disk_usage(path).free
+    text = f"/dev/shm has {free / _GIB:.1f} GiB free"
+    if free < _MIN_SHARED_BYTES:
+        return Check("shm", WARN, text, "data loaders with workers may run out of it: remount it larger, or docker run --shm-size=1g")
+    return Check("shm", OK, text)
+
+
+def check_run_directory() -> Check:
+    """The directory for the sockets of launches: private, short enough, on a disk with room. Removes what dead launches left."""
+    try:
+        dead = remove_dead_directories()
+        directory = RunDirectory.create(generate_launch_id())
+    except (ConfigError, LaunchError, OSError) as error:
+        return Check("run directory", FAIL, str(error), "set XDG_RUNTIME_DIR to a short path that only you can read")
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(directory.endpoint("control").partition("://")[2])
+        free = shutil.disk_usage(directory.path).free
+    except OSError as error:
+        return Check("run directory", FAIL, f"{directory.path}: {error}", "no socket can be made there: set XDG_RUNTIME_DIR elsewhere")
+    finally:
+        directory.remove()
+    text = f"{directory.path.parent}, {free / _GIB:.1f} GiB free"
+    if dead:
+        text += f"; removed what dead launches had left: {', '.join(dead)}"
+    if free < _MIN_TEMPORARY_BYTES:
+        return Check("run directory", WARN, text, "the disk is nearly full: free some space")
+    return Check("run directory", OK, text)
+
+
+def check_ports() -> Check:
+    """The ports from which launches choose."""
+    try:
+        reserve_port(generate_launch_id(), "doctor").close()
+    except (ConfigError, LaunchError) as error:
+        return Check("ports", FAIL, str(error), "end what holds them: ss -ltnp")
+    text = f"{FIRST_PORT} to {LAST_PORT} of 127.0.0.1"
+    ephemeral = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if ephemeral.is_file() and int(ephemeral.read_text().split()[0]) <= LAST_PORT:
+        numbers = "-".join(ephemeral.read_text().split())
+        return Check(
+            "ports",
+            WARN,
+            f"{text}; outgoing connections use {numbers} too",
+            "ports in use are passed over; or raise ip_local_port_range",
+        )
+    return Check("ports", OK, text)
+
+
+def check_cores() -> Check:
+    """Processor cores and threads."""
+    cores, present = available_cores(), os.cpu_count() or 1
+    text = f"{cores} usable of {present}"
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        text += f", OMP_NUM_THREADS={threads} is set and passed on to every rank"
+    return Check("cores", OK, text)
+
+
+def check_memory() -> Check:
+    """Main memory, and the limit of the cgroup."""
+    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    available = int(match[1]) * 1024 if match else 0
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = f"{available / _GIB:.1f} GiB available"
+    if limit.is_file() and (allowed := limit.read_text().strip()) != "max":
+        available = min(available, int(allowed))
+        text += f", this cgroup may use {int(allowed) / _GIB:.1f} GiB"
+    if available < _MIN_MEMORY_BYTES:
+        return Check("memory", WARN, text, "ranks that exceed it are killed (SIGKILL): raise the limit, or start fewer")
+    return Check("memory", OK, text)
+
+
+def check_host() -> Check:
+    """This machine's name, which gloo looks up unless it is told an interface."""
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as error:
+        return Check("host", WARN, f"{name}: {error}", "scripts with gloo look it up: add it to /etc/hosts, or set GLOO_SOCKET_IFNAME=lo")
+    return Check("host", OK, f"{name}, {address}")
+
+
+MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
+    check_python,
+    check_packages,
+    check_zmq,
+    check_kernel,
+    check_devices,
+    check_cores,
+    check_memory,
+    check_limits,
+    check_shared_memory,
+    check_run_directory,
+    check_ports,
+    check_host,
+)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else str(value)
+
+
+def _is_below(value: int, wanted: int) -> bool:
+    return value != resource.RLIM_INFINITY and value < wanted
+
+
+def _send_nothing() -> None:
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        signal.pidfd_send_signal(pidfd, 0)  # asks whether one could be sent
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,31 @@
+"""``zspmd-run`` from the shell's side, with the scripts of ``support/scripts``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = (sys.executable, "-m", "zspmd.runtime.launch.cli")
+SCRIPTS = Path(__file__).parent / "scripts"
+
+
+def script(name: str) -> str:
+    """Return the path of a script."""
+    return str(SCRIPTS / f"{name}.py")
+
+
+def run(*arguments: str, timeout_s: float = 60.0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``zspmd-run`` to its end."""
+    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False, cwd=cwd)
+
+
+def begin(*arguments: str, num_ready: int = 0) -> subprocess.Popen[str]:
+    """Start ``zspmd-run`` and return once so many ranks have printed "ready"."""
+    process = subprocess.Popen([*RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout if num_ready else ():
+        num_ready -= line.rstrip().endswith("ready")
+        if not num_ready:
+            break
+    return process
