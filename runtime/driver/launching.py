@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ...backends import choose_communicator
 from ...config import Deadlines, ParallelConfig
 from ...errors import ConfigError, TopologyError
 from ..launch.devices import detect_devices
 from ..launch.launch_id import check_launch_id, generate_launch_id
+from .recording import FileRecorder, GroupRecorder, check_recording_path
 
 if TYPE_CHECKING:
     from .group import WorkerGroup
 
 MAX_WINDOW = 256
-COMMUNICATORS = ("auto", "shm", "gloo", "nccl")
 START_METHODS = ("fork", "spawn")
 OnLog = Callable[[int, str, str], None]
 OnProgress = Callable[[int, int, int, str], None]
@@ -43,6 +43,7 @@ class GroupConfig:
     communicator: str = "auto"
     on_log: OnLog | None = None
     on_progress: OnProgress | None = None
+    recorder: GroupRecorder | None = None
 
 
 def launch(
@@ -62,6 +63,7 @@ def launch(
     communicator: str = "auto",
     on_log: OnLog | None = None,
     on_progress: OnProgress | None = None,
+    record: str | os.PathLike[str] | None = None,
 ) -> WorkerGroup:
     """Return a worker group; ``async with`` it to start the ranks and to end them.
 
@@ -78,9 +80,12 @@ def launch(
         log_dir: a directory for each rank's raw output; None keeps only the last lines.
         preload: modules imported once before the ranks are forked; leave torch out for workers that do not use it.
         start_method: "fork" (milliseconds a rank) or "spawn" (a fresh interpreter each, for libraries that cannot be forked).
-        communicator: backend of the collectives: "shm" (CPUs of one machine), "gloo" (CPUs), "nccl" (GPUs), or "auto".
+        communicator: backend of the collectives: "shm" (CPUs of one machine), "gloo" (CPUs), "nccl" or "nccl-raw" (GPUs), a vendor's,
+            or "auto".
         on_log: called with (rank, stream, line) for each line a rank prints; None prints it to stderr with the rank before it.
         on_progress: called with (rank, done, total, what) as ranks report the progress of their set-up.
+        record: a file to make, with all that passes between the driver and its ranks, for ``zspmd-run replay``; each rank writes the
+            results of its collectives beside it, to ``<record>.r00000`` and so on. As large as all of these together.
 
     Raises:
         ConfigError, TopologyError: an argument out of its range; nothing was started.
@@ -114,6 +119,7 @@ def launch(
             communicator=choose_communicator(communicator, places),
             on_log=on_log,
             on_progress=on_progress,
+            recorder=None if record is None else FileRecorder(check_recording_path(record)),
         )
     )
 
@@ -161,34 +167,6 @@ def check_ranks(name: str, ranks: Sequence[int] | str, world_size: int) -> tuple
     if not chosen or len(set(chosen)) != len(chosen) or not all(type(r) is int and 0 <= r < world_size for r in chosen):
         raise TopologyError(f"{name} is {list(chosen)}; it must name one or more different ranks from 0 to {world_size - 1}")
     return chosen
-
-
-def choose_communicator(name: str, devices: Sequence[str]) -> str:
-    """Return the backend of the collectives that every rank of a launch uses: the one asked for, or the fastest that fits.
-
-    Raises:
-        ConfigError: no such backend, or not on this machine.
-        TopologyError: the backend cannot serve these devices, or they are of two kinds.
-    """
-    _check_choice("communicator", name, COMMUNICATORS)
-    kinds = {device.partition(":")[0] for device in devices}
-    if len(kinds) > 1:
-        raise TopologyError(f"devices are {', '.join(devices)}: no collective spans CPUs and GPUs; give all ranks the same kind")
-    on_gpus = kinds == {"cuda"}
-    if name != "auto":
-        if on_gpus != (name == "nccl"):
-            raise TopologyError(f"communicator {name!r} does not serve {devices[0]!r}; on GPUs use nccl, on CPUs shm or gloo")
-        if name == "shm" and not _keeps_store_order():
-            raise ConfigError(f"communicator 'shm' needs an x86-64 processor, this is {platform.machine()}; use gloo")
-        return name
-    if on_gpus:
-        return "nccl"
-    return "shm" if _keeps_store_order() else "gloo"
-
-
-def _keeps_store_order() -> bool:
-    """Whether stores of one core become visible to others in program order, on which shared-memory collectives rely."""
-    return platform.machine() in ("x86_64", "AMD64")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

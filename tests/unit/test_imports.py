@@ -14,7 +14,7 @@ import zspmd
 
 ROOT = Path(zspmd.__file__).parent
 PACKAGES = ("transport", "runtime", "workers", "models")
-LEAVES = ("errors", "config", "topology", "model_config", "safetensors_files", "process")
+LEAVES = ("backends", "errors", "config", "topology", "model_config", "safetensors_files", "process")
 FORBIDDEN = {
     "transport": {"torch", "zspmd.runtime", "zspmd.workers", "zspmd.models", "transformers"},
     "runtime": {"torch", "zspmd.workers", "zspmd.models", "transformers", "zspmd.runtime.programs"},

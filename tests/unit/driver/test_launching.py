@@ -10,8 +10,9 @@ import pytest
 from support.workers import Echo
 
 import zspmd
+from zspmd.backends import choose_communicator
 from zspmd.errors import ConfigError, TopologyError
-from zspmd.runtime.driver.launching import check_ranks, choose_communicator, launch, worker_reference
+from zspmd.runtime.driver.launching import check_ranks, launch, worker_reference
 
 
 class Outer:
@@ -126,41 +127,3 @@ def test_the_arguments_are_copied() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         launch(Echo, **arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "devices", "machine", "chosen"),
-    [
-        ("auto", ["cpu", "cpu"], "x86_64", "shm"),
-        ("auto", ["cpu"], "aarch64", "gloo"),
-        ("auto", ["cuda:0", "cuda:1"], "aarch64", "nccl"),
-        ("gloo", ["cpu"], "x86_64", "gloo"),
-        ("shm", ["cpu"], "x86_64", "shm"),
-        ("nccl", ["cuda:0"], "x86_64", "nccl"),
-    ],
-    ids=["cpus", "cpus of another kind", "gpus", "gloo", "shm", "nccl"],
-)
-def test_the_driver_chooses_one_backend_for_all(
-    name: str, devices: list[str], machine: str, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    assert choose_communicator(name, devices) == chosen
-
-
-@pytest.mark.parametrize(
-    ("name", "devices", "error", "words"),
-    [
-        ("mpi", ["cpu"], ConfigError, "communicator is 'mpi'; choose one of auto, shm, gloo, nccl"),
-        ("auto", ["cpu", "cuda:0"], TopologyError, "no collective spans CPUs and GPUs"),
-        ("nccl", ["cpu"], TopologyError, "'nccl' does not serve 'cpu'"),
-        ("shm", ["cuda:0"], TopologyError, "'shm' does not serve 'cuda:0'"),
-        ("shm", ["cpu"], ConfigError, "needs an x86-64 processor, this is aarch64; use gloo"),
-    ],
-    ids=["unknown", "mixed", "nccl on a cpu", "shm on a gpu", "weak ordering"],
-)
-def test_a_backend_that_does_not_fit_is_refused(
-    name: str, devices: list[str], error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with pytest.raises(error, match=words):
-        choose_communicator(name, devices)
