@@ -1,36 +1,36 @@
 """Collectives of ranks on one machine through shared memory: no sockets, no threads, no names.
 
-Each rank owns one slot of each of two banks. A round is: write your slot, raise your sequence number, wait for everybody's, read.
-Rounds alternate between the banks, which makes a second barrier needless: who raises round s + 1 has finished reading round s, so
-bank s may be overwritten in round s + 2.
+A round is: write your slot of a bank, raise your sequence number, wait for everybody's, read. Rounds alternate between two banks,
+which makes a second barrier needless: who raises round s + 1 has finished reading round s, so bank s may be overwritten in round
+s + 2. Sums are taken in rank order on every rank, which gives all of them the same bits.
 
-    | 64 B line: u64 seq, u64 pid | ... a line for each rank | bank 0: slot of rank 0 | slot of rank 1 | ... | bank 1: ... |
-
-Sequence numbers and data are plain stores: correct where stores become visible in program order, so that the driver chooses this
-backend on x86-64 only. Sums are taken in rank order on every rank, which gives all of them the same bits.
+``send`` and ``receive`` leave the rounds alone: a sender puts parts into the two slots of its outbox in turn and counts them, the
+receiver counts what it took. A message waits until the one before it, to whichever rank, has been taken.
 """
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 
-from ...errors import PeerLostError
+from ...errors import ConfigError
 from ...topology import AxisGroup
-from ..store_client import StoreClient
+from .arguments import HALF_DTYPES
 from .communicator import Communicator
+from .setup import CommunicatorSetup
+from .shared_region import SLOT_BYTES, SharedRegion, region_bytes
 
-SLOT_BYTES = 256 << 10
-_LINE_BYTES = 64
-_SPINS = 100  # reads before the first yield: a few microseconds
-_YIELDS = 2000  # yields before sleeping: a few milliseconds
-_SLEEP_S = 0.0005
-_LIFE_CHECK_S = 0.1
+_COMBINE: dict[str, Callable[..., torch.Tensor]] = {
+    "sum": torch.add,
+    "mean": torch.add,
+    "product": torch.mul,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
+_MAX_VIEWS = 256  # sizes whose views of the slots are kept: making them takes longer than a small sum
 
 
 class SharedMemoryCommunicator(Communicator):
@@ -42,115 +42,160 @@ class SharedMemoryCommunicator(Communicator):
 
     def __init__(self, group: AxisGroup, memory: mmap.mmap, *, timeout_s: float) -> None:
         super().__init__(group)
-        self._timeout_s = timeout_s
+        self._region = region = SharedRegion(group, memory, timeout_s=timeout_s)
+        self._words = region.words
+        self._own_place = region.seq_places[self.rank]
+        self._peer_places = [(place, peer) for peer, place in enumerate(region.seq_places) if peer != self.rank]
+        self._views: dict[tuple[int, int, torch.dtype], list[torch.Tensor]] = {}
         self._seq = 0
-        words = ctypes.c_uint64 * (len(memory) // 8)
-        self._words = words.from_buffer(memory)
-        self._seq_places = [peer * _LINE_BYTES // 8 for peer in range(self.size)]
-        self._words[self._seq_places[self.rank] + 1] = os.getpid()
-        raw = torch.frombuffer(memory, dtype=torch.uint8)
-        slots = raw[self.size * _LINE_BYTES :].view(2, self.size, SLOT_BYTES)
-        self._banks = [[slots[bank, peer] for peer in range(self.size)] for bank in range(2)]
+        self._last_receiver = self.rank  # none yet
 
-    def barrier(self) -> None:
-        self._exchange(None)
+    def _barrier(self) -> None:
+        self._meet()
 
-    def close(self) -> None:
-        """Nothing to release: the memory goes with the last rank that maps it."""
+    def _close(self) -> None:
+        """Let go of the memory: it goes with the last rank that maps it."""
+        del self._region, self._words, self._views
 
-    def _all_reduce(self, tensor: torch.Tensor) -> None:
-        dense = tensor.contiguous()
-        for part in _parts(dense):
-            shares = [slot[: part.nbytes].view(part.dtype) for slot in self._exchange(part)]
-            if part.dtype in (torch.float16, torch.bfloat16):  # rounded once instead of at each rank
-                part.copy_(sum((share.float() for share in shares[1:]), shares[0].float()))
-            else:
-                torch.add(shares[0], shares[1], out=part)
-                for share in shares[2:]:
-                    part.add_(share)
-        if dense is not tensor:
-            tensor.copy_(dense)
+    def _all_reduce(self, tensor: torch.Tensor, op: str) -> None:
+        for part in torch.split(tensor.view(-1), SLOT_BYTES // tensor.element_size()):
+            shares = self._slot_views(part.numel(), part.dtype)
+            shares[self.rank].copy_(part)
+            self._meet()
+            _reduce(shares, op, part)
 
-    def _all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        gathered = tensor.new_empty(self.size, *tensor.shape)
-        rows = [_parts(gathered[peer]) for peer in range(self.size)]
-        for part, *targets in zip(_parts(tensor.contiguous()), *rows):
-            for target, slot in zip(targets, self._exchange(part)):
-                target.copy_(slot[: part.nbytes].view(part.dtype))
-        return gathered
+    def _all_gather(self, rows: torch.Tensor, own: torch.Tensor) -> None:
+        for part, targets in zip(torch.split(own, SLOT_BYTES), torch.split(rows, SLOT_BYTES, dim=1)):
+            bank = self._next_bank()
+            bank[self.rank, : part.numel()].copy_(part)
+            self._meet()
+            targets.copy_(bank[:, : part.numel()])
 
-    def _broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        dense = tensor.contiguous()
-        for part in _parts(dense):
-            slots = self._exchange(part if self.rank == source else None)
-            if self.rank != source:
-                part.copy_(slots[source][: part.nbytes].view(part.dtype))
-        if dense is not tensor:
-            tensor.copy_(dense)
+    def _reduce_scatter(self, reduced: torch.Tensor, tensor: torch.Tensor, op: str) -> None:
+        num_columns = SLOT_BYTES // self.size // tensor.element_size()
+        for target, part in zip(torch.split(reduced.view(-1), num_columns), torch.split(tensor.view(self.size, -1), num_columns, dim=1)):
+            shares = [slot.view(self.size, -1) for slot in self._slot_views(part.numel(), part.dtype)]
+            shares[self.rank].copy_(part)
+            self._meet()
+            _reduce([share[self.rank] for share in shares], op, target)
 
-    def _exchange(self, part: torch.Tensor | None) -> list[torch.Tensor]:
-        """Do one round and return every rank's slot, valid until this rank's next round but one."""
+    def _broadcast(self, data: torch.Tensor, src: int) -> None:
+        for part in torch.split(data, SLOT_BYTES):
+            slot = self._next_bank()[src, : part.numel()]
+            if self.rank == src:
+                slot.copy_(part)
+            self._meet()
+            if self.rank != src:
+                part.copy_(slot)
+
+    def _all_to_all(self, received: torch.Tensor, data: torch.Tensor, receive_sizes: list[int], send_sizes: list[int]) -> None:
+        """Give each rank a section of the own slot. How many rounds it takes, each rank says beside its slot."""
+        section = SLOT_BYTES // self.size
+        outgoing, incoming = torch.split(data, send_sizes), torch.split(received, receive_sizes)
+        own_rounds = max(1, -(-max(send_sizes) // section))
+        num_rounds = own_rounds
+        done = 0
+        while done < num_rounds:
+            bank_number = (self._seq + 1) & 1
+            sections = self._region.banks[bank_number][:, : self.size * section].view(self.size, self.size, section)
+            for peer, piece in enumerate(outgoing):
+                part = piece[done * section : (done + 1) * section]
+                sections[self.rank, peer, : part.numel()].copy_(part)
+            self._words[self._region.spare_place(self.rank, bank_number)] = own_rounds
+            self._meet()
+            num_rounds = max(self._words[self._region.spare_place(peer, bank_number)] for peer in range(self.size))
+            for peer, piece in enumerate(incoming):
+                part = piece[done * section : (done + 1) * section]
+                part.copy_(sections[peer, self.rank, : part.numel()])
+            done += 1
+
+    def _send(self, data: torch.Tensor, dst: int) -> None:
+        region, words = self._region, self._words
+        if self._last_receiver != self.rank:
+            last = region.pair_place(self.rank, self._last_receiver)
+            region.wait(last + 1, words[last], self._last_receiver, "received part")
+        self._last_receiver = dst
+        place = region.pair_place(self.rank, dst)
+        for number, part in enumerate(torch.split(data, SLOT_BYTES)):
+            if number >= 2:
+                region.wait(place + 1, words[place] - 1, dst, "received part")
+            region.outboxes[self.rank, number & 1, : part.numel()].copy_(part)
+            words[place] += 1
+
+    def _receive(self, data: torch.Tensor, src: int) -> None:
+        region, words = self._region, self._words
+        place = region.pair_place(src, self.rank)
+        for number, part in enumerate(torch.split(data, SLOT_BYTES)):
+            region.wait(place, words[place + 1] + 1, src, "sent part")
+            part.copy_(region.outboxes[src, number & 1, : part.numel()])
+            words[place + 1] += 1
+
+    def _next_bank(self) -> torch.Tensor:
+        """Return the bank of the next round: to write to before ``_meet``, and to read until this rank's next round but one."""
+        return self._region.banks[(self._seq + 1) & 1]
+
+    def _slot_views(self, numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return the first elements of each rank's slot of the next round's bank."""
+        key = ((self._seq + 1) & 1, numel, dtype)
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            views = self._views[key] = [slot[: numel * dtype.itemsize].view(dtype) for slot in self._next_bank()]
+        return views
+
+    def _meet(self) -> None:
+        """Show what was written and wait until every rank has done so: one round."""
         self._seq = seq = self._seq + 1
-        slots = self._banks[seq & 1]
-        if part is not None:
-            slots[self.rank][: part.nbytes].view(part.dtype).copy_(part)
-        self._words[self._seq_places[self.rank]] = seq
-        for peer, place in enumerate(self._seq_places):
-            if self._words[place] < seq:
-                self._wait(peer, place, seq)
-        return slots
-
-    def _wait(self, peer: int, place: int, seq: int) -> None:
         words = self._words
-        for _ in range(_SPINS):
-            if words[place] >= seq:
-                return
-        for _ in range(_YIELDS):
-            os.sched_yield()
-            if words[place] >= seq:
-                return
-        deadline = time.monotonic() + self._timeout_s
-        life_check_at = 0.0
-        while words[place] < seq:
-            now = time.monotonic()
-            if now >= life_check_at:
-                life_check_at = now + _LIFE_CHECK_S
-                self._check_alive(peer, words[place + 1])
-            if now > deadline:
-                rank = self.group.ranks[peer]
-                raise PeerLostError(
-                    f"a peer is late: rank {rank} has not entered collective {seq} on axis {self.group.axis} within {self._timeout_s:g} s"
-                )
-            time.sleep(_SLEEP_S)
-
-    def _check_alive(self, peer: int, pid: int) -> None:
-        if pid and not os.path.exists(f"/proc/{pid}"):
-            raise PeerLostError(f"a peer is gone: rank {self.group.ranks[peer]} (pid {pid}) ended before collective {self._seq}")
+        words[self._own_place] = seq
+        for place, peer in self._peer_places:
+            if words[place] < seq:
+                self._region.wait(place, seq, peer, "entered collective")
 
 
-def create_shared_memory(group: AxisGroup, store: StoreClient, *, timeout_s: float) -> SharedMemoryCommunicator:
-    """Return shared-memory collectives for an axis whose ranks are all on this machine; every rank of it must call this.
+def create_shared_memory(setup: CommunicatorSetup) -> SharedMemoryCommunicator:
+    """Return shared-memory collectives for a group whose ranks are all on this machine; every rank of it must call this.
 
     Raises:
-        StoreTimeoutError: a rank of the axis did not come within ``timeout_s``.
+        ConfigError: the ranks are on several machines, or in containers that hide their processes.
+        StoreTimeoutError, PeerLostError: a rank of the group did not come within ``timeout_s``.
     """
-    prefix = f"shm/{group.axis}/{group.ranks[0]}"
-    size_bytes = group.size * (_LINE_BYTES + 2 * SLOT_BYTES)
-    if group.is_first:
+    group, size_bytes = setup.group, region_bytes(setup.group.size)
+    fd = -1
+
+    def make_file() -> bytes:
+        nonlocal fd
         fd = os.memfd_create("zspmd-collectives", os.MFD_CLOEXEC)
         os.posix_fallocate(fd, 0, size_bytes)  # so that a lack of memory is an error here, not a SIGBUS later
-        store.set(f"{prefix}/file", f"/proc/{os.getpid()}/fd/{fd}".encode())
-    else:
-        fd = os.open(store.get(f"{prefix}/file", timeout_s).decode(), os.O_RDWR | os.O_CLOEXEC)
+        return f"/proc/{os.getpid()}/fd/{fd}".encode()
+
     try:
-        communicator = SharedMemoryCommunicator(group, mmap.mmap(fd, size_bytes), timeout_s=timeout_s)
+        path = setup.share_unique_id(make_file).decode()
+        if not group.is_first:
+            fd = _open_file(path, group)
+        communicator = SharedMemoryCommunicator(group, mmap.mmap(fd, size_bytes), timeout_s=setup.timeout_s)
         communicator.barrier()  # everybody has opened the file: its first descriptor may go
         return communicator
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield a contiguous tensor's elements in flat pieces that fit a slot; views, so that writing to them changes the tensor."""
-    if tensor.numel():
-        yield from torch.split(tensor.view(-1), SLOT_BYTES // tensor.element_size())
+def _open_file(path: str, group: AxisGroup) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"cannot map the memory of rank {group.ranks[0]} ({error}); use gloo between machines and containers") from error
+
+
+def _reduce(shares: list[torch.Tensor], op: str, out: torch.Tensor) -> None:
+    """Combine the ranks' shares in rank order; halves in float32, rounded once at the end."""
+    combine, is_half = _COMBINE[op], out.dtype in HALF_DTYPES
+    total = combine(shares[0].float(), shares[1]) if is_half else combine(shares[0], shares[1], out=out)
+    for share in shares[2:]:
+        combine(total, share, out=total)
+    if op == "mean":
+        total.div_(len(shares))
+    if is_half:
+        out.copy_(total)

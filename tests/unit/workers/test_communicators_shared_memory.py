@@ -1,0 +1,137 @@
+"""Shared memory between ranks that end, are late or let go of it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from support.polling import block_until
+
+from zspmd.errors import ClosedError, PeerLostError
+from zspmd.topology import AxisGroup
+from zspmd.workers.communicators.shared_memory import SharedMemoryCommunicator
+from zspmd.workers.communicators.shared_region import is_alive, region_bytes
+
+DETECTION_S = 1.0
+NAME = "zspmd-collectives"
+
+
+@contextmanager
+def first_of_two(*, timeout_s: float, name: str = NAME) -> Iterator[SharedMemoryCommunicator]:
+    """Yield the communicator of rank 4 on a tp axis whose other rank, 7, never comes."""
+    fd = os.memfd_create(name)
+    os.ftruncate(fd, region_bytes(2))
+    memory = mmap.mmap(fd, region_bytes(2))
+    os.close(fd)
+    with SharedMemoryCommunicator(AxisGroup("tp", (4, 7), 0), memory, timeout_s=timeout_s) as communicator:
+        del memory
+        yield communicator
+
+
+def start_time(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def test_a_late_rank_is_named() -> None:
+    late = pytest.raises(PeerLostError, match=r"a peer is late: rank 7 has not entered collective 1 on axis tp within 0\.05 s")
+    with first_of_two(timeout_s=0.05) as communicator, late:
+        communicator.all_reduce(torch.ones(3))
+
+
+def test_a_rank_that_does_not_send_is_named() -> None:
+    late = pytest.raises(PeerLostError, match="rank 7 has not sent part 1 on axis tp")
+    with first_of_two(timeout_s=0.05) as communicator, late:
+        communicator.receive(torch.ones(3), 1)
+
+
+def test_a_rank_that_does_not_receive_is_named_once_the_outbox_is_full() -> None:
+    with first_of_two(timeout_s=0.05) as communicator:
+        communicator.send(torch.ones(3), 1)
+        with pytest.raises(PeerLostError, match="rank 7 has not received part 1 on axis tp"):
+            communicator.send(torch.ones(3), 1)
+
+
+def test_one_that_was_made_in_inference_mode_serves_outside_too() -> None:
+    with torch.inference_mode(), first_of_two(timeout_s=0.05) as communicator, torch.inference_mode(False):
+        communicator.send(torch.ones(3), 1)
+
+
+def test_close_lets_go_of_the_memory() -> None:
+    name = "collectives-to-close"
+
+    def is_mapped() -> bool:
+        return name in Path("/proc/self/maps").read_text()
+
+    with first_of_two(timeout_s=0.05, name=name) as communicator:
+        assert is_mapped()
+        communicator.close()
+        assert not is_mapped()
+        with pytest.raises(ClosedError, match="the communicator of axis tp has been closed"):
+            communicator.all_reduce(torch.ones(3))
+
+
+def test_a_process_is_alive_until_it_has_ended() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    began = start_time(child.pid)
+    assert is_alive(child.pid, began)
+    assert not is_alive(child.pid, began - 1), "another process has got its id"
+    child.stdin.close()
+    block_until(lambda: not is_alive(child.pid, began))
+    assert Path(f"/proc/{child.pid}").exists(), "not waited for yet"
+    child.wait()
+    assert not is_alive(child.pid, began)
+
+
+# Rank 0 forks the others and never waits for them, so that one that has been killed stays a zombie.
+PROGRAM = f"""
+import mmap, os, signal, sys, time
+import torch
+from zspmd.errors import PeerLostError
+from zspmd.topology import AxisGroup
+from zspmd.workers.communicators.shared_memory import SharedMemoryCommunicator
+from zspmd.workers.communicators.shared_region import region_bytes
+
+torch.set_num_threads(1)
+fd = os.memfd_create("{NAME}")
+os.ftruncate(fd, region_bytes(3))
+children = []
+rank = 0
+for place in (1, 2):
+    pid = os.fork()
+    if pid == 0:
+        rank = place
+        break
+    children.append(pid)
+communicator = SharedMemoryCommunicator(AxisGroup("world", (0, 1, 2), rank), mmap.mmap(fd, region_bytes(3)), timeout_s=30)
+value = torch.ones(200_000)
+communicator.all_reduce(value)
+if rank == 1:
+    communicator._meet = lambda: os.kill(os.getpid(), signal.SIGKILL)  # it has written its part, and nobody learns of it
+began = time.monotonic()
+try:
+    communicator.all_reduce(value)
+except PeerLostError as error:
+    message = str(error).replace(f"pid {{children[0] if children else 0}}", "pid of 1")
+    print(rank, time.monotonic() - began < {DETECTION_S}, message, flush=True)
+os._exit(0) if rank else None
+pid, status = os.waitpid(children[1], 0)
+assert (pid, status) == (children[1], 0)
+"""
+
+
+def test_a_rank_that_is_killed_inside_a_collective_is_named_by_all_others() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second = sorted(done.stdout.splitlines())
+    assert first == "0 True a peer is gone: rank 1 (pid of 1) ended and has not entered collective 5 on axis world"
+    assert second.startswith("2 True a peer is gone: rank 1 (pid ")
+    assert second.endswith(") ended and has not entered collective 5 on axis world")
+    assert not [name for name in os.listdir("/dev/shm") if "zspmd" in name]
