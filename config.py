@@ -131,6 +131,23 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class RestartPolicy:
+    """How many faults of its workers an engine outlives; see ``Engine``.
+
+    Args:
+        max_restarts: restarts within ``window_s``; the fault after them ends the engine. 0 ends it at the first.
+        window_s: seconds after which a restart counts no longer, given that it came to an end.
+    """
+
+    max_restarts: int = 3
+    window_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        _check_whole("max_restarts", self.max_restarts, 0, 1000, "use 0 for none")
+        _check_number("window_s", self.window_s, 0.0, MAX_DEADLINE_S, "in seconds", above=True)
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How one request's tokens are chosen and when it ends.
 

@@ -4,36 +4,41 @@
                        ^--- Detokenizer <--- tokens <------'
 
 The engine is a user of the worker group like any other. One task schedules, publishes and takes answers in; it keeps up to
-``window`` steps in flight, so that ranks go from step to step without waiting for the driver.
+``window`` steps in flight, so that ranks go from step to step without waiting for the driver. All that is known of a request is
+here, so that the ranks can be replaced under it: ``recovery`` decides, ``ranks`` does it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import operator
 import secrets
+import sys
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ...config import Deadlines, EngineConfig, ParallelConfig, SamplingParams
-from ...errors import ClosedError, InternalError, RequestError, TransportError, WorkerError, ZspmdError
+from ...config import Deadlines, EngineConfig, ParallelConfig, RestartPolicy, SamplingParams
+from ...errors import ClosedError, ConfigError, InternalError, LaunchError, RequestError, TransportError, WorkerError, ZspmdError
 from ...transport.batch import encode_batch_step
 from ..driver.group import WorkerGroup
 from ..driver.launching import OnLog, OnProgress, launch
 from ..driver.pending import PendingReply
-from .checkpoint import choose_num_blocks, open_checkpoint
+from .checkpoint import open_checkpoint
+from .evidence import is_from_inside
 from .outputs import RequestOutput, TokenLogprob
 from .plan import ScheduledStep
+from .prompts import Prompt, encode_prompt
+from .ranks import EngineRanks
+from .recovery import Recovery
 from .scheduler import Scheduler
 from .statistics import SchedulerStatistics
 from .streams import Completion, RequestStream, build_stream
 
 WORKER = "zspmd.workers.model_worker:ModelWorker"
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class Engine:
@@ -43,7 +48,12 @@ class Engine:
         model: a Hugging Face directory, or "demo" for the small model that ships with zspmd.
         parallel: how the model is spread; the engine uses tp.
         config: slots, blocks, budgets and dtype.
-        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress: as in ``zspmd.launch``.
+        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record: as in ``zspmd.launch``.
+        restart: replace workers that fail, and go on with every request where its stream stopped; None ends the engine with the fault.
+        on_restart: called with a line of text at each restart; None prints it to stderr.
+
+    Raises:
+        ConfigError: ``restart`` and ``record`` together.
     """
 
     def __init__(
@@ -59,7 +69,12 @@ class Engine:
         start_method: str = "fork",
         on_log: OnLog | None = None,
         on_progress: OnProgress | None = None,
+        record: str | Path | None = None,
+        restart: RestartPolicy | None = None,
+        on_restart: Callable[[str], None] | None = None,
     ) -> None:
+        if restart is not None and record is not None:
+            raise ConfigError(f"record is {str(record)!r} and restart is given, but a recording holds one launch: leave one of them out")
         self.config = config or EngineConfig()
         self.parallel = parallel or ParallelConfig()
         self._model = model
@@ -71,6 +86,7 @@ class Engine:
             "start_method": start_method,
             "on_log": on_log,
             "on_progress": on_progress,
+            "record": record,
         }
         self._streams: dict[str, RequestStream] = {}
         self._completions: dict[str, tuple[RequestStream, Completion]] = {}
@@ -78,7 +94,10 @@ class Engine:
         self._request_ids = itertools.count()
         self._wake = asyncio.Event()
         self._is_started = False
-        self._group: WorkerGroup | None = None
+        self._restart_policy = restart
+        self._say = on_restart or (lambda line: print(f"zspmd: {line}", file=sys.stderr))
+        self._recovery: Recovery | None = None
+        self._ranks: EngineRanks | None = None
         self._task: asyncio.Task[None] | None = None
         self._fault: Exception | None = None
 
@@ -91,10 +110,10 @@ class Engine:
 
     @property
     def group(self) -> WorkerGroup:
-        """The worker group under the engine; raises ClosedError before ``start``."""
-        if self._group is None:
+        """The worker group under the engine, after a restart another; raises ClosedError before ``start``."""
+        if self._ranks is None:
             raise ClosedError("the engine has not been started; enter it with 'async with'")
-        return self._group
+        return self._ranks.group
 
     async def start(self) -> None:
         """Check the checkpoint, start the ranks, load the weights and size the KV pool; ``async with`` calls it.
@@ -122,21 +141,16 @@ class Engine:
             preload=("torch", WORKER.partition(":")[0]),
             **self._launch_options,
         )
-        await group.start()
-        self._group = group
-        try:
-            capacities = await group.call("kv_capacity")
-            num_blocks = choose_num_blocks(capacities, group.config.devices, self._checkpoint.max_model_len, self.config)
-            self._scheduler = Scheduler(
-                self.config,
-                num_blocks=num_blocks,
-                max_model_len=self._checkpoint.max_model_len,
-                eos_token_ids=self._checkpoint.model.eos_token_ids,
-            )
-            await group.call("allocate_kv_cache", num_blocks)
-        except BaseException:
-            await group.aclose(abort=True)
-            raise
+        self._ranks = EngineRanks(group, self._wake.set)
+        num_blocks = await self._ranks.start(self.config, self._checkpoint.max_model_len)
+        self._scheduler = Scheduler(
+            self.config,
+            num_blocks=num_blocks,
+            max_model_len=self._checkpoint.max_model_len,
+            eos_token_ids=self._checkpoint.model.eos_token_ids,
+        )
+        if self._restart_policy is not None:
+            self._recovery = Recovery(self._restart_policy, self._scheduler)
         self._task = asyncio.create_task(self._run(), name=f"zspmd-engine-{group.launch_id}")
 
     async def generate(
@@ -152,7 +166,8 @@ class Engine:
             request_id: a name of its own, for outputs and errors; made up if None.
 
         Raises:
-            RequestError: an empty prompt, one beyond ``max_model_len``, or a name in use. The engine lives on.
+            RequestError: an empty prompt, one beyond ``max_model_len``, a name in use, or a request that ends its workers whenever it
+                runs (``__cause__`` is their fault). The engine lives on.
             WorkerError, ClosedError: the engine is at its end.
         """
         stream = self._admit(prompt, params or SamplingParams(), request_id)
@@ -179,15 +194,15 @@ class Engine:
 
     def statistics(self) -> SchedulerStatistics:
         """Return the scheduler's counters; ``engine.group.statistics()`` has the wire's. Raises ClosedError before ``start``."""
-        if self._group is None:
-            raise ClosedError("the engine has not been started; enter it with 'async with'")
+        self._check_started()
         return self._scheduler.statistics()
 
     def validate(self) -> None:
         """Check the scheduler's invariants; raises InternalError where one is broken, ClosedError before ``start``."""
-        if self._group is None:
-            raise ClosedError("the engine has not been started; enter it with 'async with'")
+        self._check_started()
         self._scheduler.validate()
+        if self._recovery is not None:
+            self._recovery.validate()
 
     async def aclose(self, *, abort: bool = False) -> None:
         """End requests that still run with ClosedError, and the ranks; may be called again."""
@@ -197,22 +212,21 @@ class Engine:
                 await asyncio.wait([self._task])
         finally:  # cancelled or not, no stream waits for ever and no rank stays
             self._fail(self._fault or ClosedError("the engine is closed; make a new one"))
-            if self._group is not None:
-                await self._group.aclose(abort=abort)
+            if self._ranks is not None:
+                await self._ranks.aclose(abort=abort)
 
     # requests
 
     def _admit(self, prompt: Prompt, params: SamplingParams, request_id: str | None) -> RequestStream:
         if self._fault is not None:
             raise self._fault.with_traceback(None)
-        if self._task is None:
-            raise ClosedError("the engine has not been started; enter it with 'async with'")
+        self._check_started()
         made_up = (f"request-{number}" for number in self._request_ids)
         name = next(n for n in made_up if n not in self._streams) if request_id is None else request_id
         if name in self._streams:
             raise RequestError(f"request id {name!r} is in use; choose another", request_id=name)
         try:
-            text, token_ids = self._encode(prompt)
+            text, token_ids = encode_prompt(prompt, self._checkpoint)
         except RequestError as error:
             error.request_id = name
             raise
@@ -226,25 +240,9 @@ class Engine:
         self._wake.set()
         return stream
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Return the prompt's text, if it has one, and its tokens."""
-        tokenizer, text = self._checkpoint.tokenizer, None
-        if not isinstance(prompt, str) and not _is_chat(prompt):
-            token_ids = _whole_numbers(prompt)
-        elif tokenizer is None:
-            raise RequestError(f"{self._checkpoint.directory} has no tokenizer.json; give the prompt as token ids")
-        elif isinstance(prompt, str):
-            text, token_ids = prompt, tokenizer.encode(prompt)
-        else:
-            text = tokenizer.render_chat(prompt)  # type: ignore[arg-type]  # mappings by the check above, or it says no
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one token of text")
-        limit = self._checkpoint.model.vocab_size
-        if (highest := max(token_ids)) >= limit or min(token_ids) < 0:
-            worst = highest if highest >= limit else min(token_ids)
-            raise RequestError(f"token id {worst} of the prompt is outside the vocabulary: give ids from 0 to {limit - 1}")
-        return text, token_ids
+    def _check_started(self) -> None:
+        if self._task is None:
+            raise ClosedError("the engine has not been started; enter it with 'async with'")
 
     def _forget(self, stream: RequestStream) -> None:
         if not stream.is_finished and self._fault is None:
@@ -258,33 +256,43 @@ class Engine:
     async def _run(self) -> None:
         try:
             while True:
-                await self._turn()
+                try:
+                    await self._turn()
+                except (WorkerError, TransportError) as error:
+                    await self._recover(error)
         except ZspmdError as error:
             self._fail(error)
-            if not isinstance(error, (WorkerError, TransportError)):
+            if not isinstance(error, (WorkerError, TransportError, LaunchError)):
                 raise
         except Exception as error:
             self._fail(InternalError(f"the engine's loop failed: {type(error).__name__}: {error}"))
             raise
 
     async def _turn(self) -> None:
-        """Publish a step if there is room and work, else take in the oldest answer, else wait for an answer or a request."""
+        """Publish a step if there is room and work, else take in the oldest answer, else wait for an answer, a request or a fault."""
+        if self._recovery is not None:
+            self._recovery.advance(is_drained=not self._in_flight)
         step = self._scheduler.schedule() if len(self._in_flight) < self.config.window else None
         if step is not None:
             pending = await self.group.submit(encode_batch_step(step.batch))
             pending.add_done_callback(self._wake.set)
             self._in_flight.append((step, pending))
         elif self._in_flight and self._in_flight[0][1].is_done:
-            published, pending = self._in_flight.popleft()
-            (answer,) = await pending
+            published, pending = self._in_flight[0]
+            (answer,) = await pending  # a fault finds the step still there: it may be the one that ended the ranks
+            self._in_flight.popleft()
             self._take_in(published, answer)
         elif not self._in_flight and self._scheduler.has_work():
             raise InternalError(f"nothing can be scheduled although there is work: {self._scheduler.statistics()}")
+        elif self.group.fault is not None:
+            raise self.group.fault
         else:
             self._wake.clear()
             await self._wake.wait()
 
     def _take_in(self, step: ScheduledStep, answer: list[Any]) -> None:
+        if self._recovery is not None:
+            self._recovery.progressed()
         tokens, logprobs = answer
         rows = {} if logprobs is None else {id(sequence): logprobs[row] for row, sequence in enumerate(step.sampled)}
         for sequence, token_ids, finish_reason in self._scheduler.apply(step, tokens):
@@ -292,35 +300,48 @@ class Engine:
             if found is None:
                 continue  # nobody listens any more; the sequence was aborted as its consumer left
             stream, completion = found
-            reported = [_logprob(token, row) for token in token_ids if (row := rows.get(id(sequence))) is not None]
+            row = rows.get(id(sequence))
+            reported = [] if row is None else [TokenLogprob(token, row[0], dict(row[1])) for token in token_ids]
             stop = completion.push(token_ids, finish_reason, reported)
             if stop is not None and not self._scheduler.finish(sequence.sequence_id, "stop", stop):
                 sequence.finish_reason, sequence.stop_reason = "stop", stop  # its last token completed the stop text as well
             stream.notify()
+
+    # faults
+
+    async def _recover(self, error: ZspmdError) -> None:
+        """Replace the ranks, and have every unfinished request go on; raises the fault where it may not be outlived."""
+        if self._recovery is None or self._ranks is None or isinstance(error, ClosedError):
+            raise error
+        is_inside = is_from_inside(error, self._ranks.group)
+        steps = [step for step, _ in self._in_flight]
+        self._in_flight.clear()
+        while True:
+            ruling = self._recovery.faulted(error, steps, is_from_inside=is_inside, now=time.monotonic())
+            num_requests = sum(not stream.is_finished for stream in self._streams.values())
+            self._say(ruling.describe(error, self._recovery.budget.policy, num_requests=num_requests))
+            if ruling.poison is not None:
+                self._fail_request(ruling.poison, error)
+            if not ruling.may_restart:
+                raise error
+            try:
+                await self._ranks.replace()
+                self._recovery.restarted()
+                return
+            except (WorkerError, TransportError, LaunchError) as again:
+                error, steps = again, []
+
+    def _fail_request(self, request_id: str, fault: ZspmdError) -> None:
+        """End a request that ends its workers."""
+        error = RequestError(f"request {request_id} ended its workers twice while it ran alone: {fault}", request_id=request_id)
+        error.__cause__ = fault
+        stream = self._streams[request_id]
+        for completion in stream.completions:
+            self._scheduler.abort(completion.sequence.sequence_id)
+        stream.fail(error)
 
     def _fail(self, error: Exception) -> None:
         if self._fault is None:
             self._fault = error
         for stream in list(self._streams.values()):
             stream.fail(self._fault)
-
-
-def _is_chat(prompt: Prompt) -> bool:
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _whole_numbers(prompt: Any) -> list[int]:
-    """Return token ids as int, from any iterable of whole numbers; ``int()`` would cut floats down without a word."""
-    if isinstance(prompt, (bytes, bytearray, memoryview)):
-        raise RequestError(f"the prompt is a {type(prompt).__name__}; decode it to text, or give a list of token ids")
-    try:
-        if any(isinstance(token, bool) for token in prompt):
-            raise TypeError("it holds a bool")
-        return [operator.index(token) for token in prompt]
-    except TypeError as error:
-        raise RequestError(f"the prompt is no text, list of token ids or list of chat messages: {error}") from error
-
-
-def _logprob(token_id: int, row: list[Any]) -> TokenLogprob:
-    logprob, top = row
-    return TokenLogprob(token_id, logprob, dict(top))

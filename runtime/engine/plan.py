@@ -18,11 +18,13 @@ class ScheduledStep:
     Attributes:
         batch: for the ranks.
         sampled: the sequence of each row that is sampled, in row order: chunks, then decodes.
+        unsampled: sequences of which the step computes a part of the prompt.
         num_tokens: tokens that the step computes.
     """
 
     batch: BatchStep
     sampled: tuple[Sequence, ...]
+    unsampled: tuple[Sequence, ...]
     num_tokens: int
 
 
@@ -62,7 +64,8 @@ class StepPlan:
             decode_slots=None if decode_slots is None else np.array(decode_slots, np.uint16),
         )
         num_tokens = len(self.decodes) + sum(count for _, count in self.chunks)
-        return ScheduledStep(batch, (*self.chunk_samples, *self.decodes), num_tokens)
+        unsampled = tuple(sequence for sequence, _ in self.chunks if sequence not in self.chunk_samples)
+        return ScheduledStep(batch, (*self.chunk_samples, *self.decodes), unsampled, num_tokens)
 
 
 def build_slot_add(sequence: Sequence, eos_token_ids: frozenset[int]) -> SlotAdd:

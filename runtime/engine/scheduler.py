@@ -9,6 +9,8 @@ a sequence that ``apply`` finishes may have rows in steps already published. The
 finished and never returns, whatever happens to its slot), and its slot and blocks can be given to the very next step, which every
 rank runs after those.
 
+The file passes 350 lines because all of it is one state machine, whose rules are easier to see in one place.
+
 At most one running sequence has prompt left to compute, the newest: nobody is admitted behind an unfinished prompt, since that
 has taken the rest of the step's budget.
 """
@@ -16,7 +18,7 @@ has taken the rest of the step's budget.
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 
@@ -27,6 +29,7 @@ from ...config import EngineConfig
 from ...errors import InternalError, RequestError
 from .blocks import BlockPool
 from .plan import ScheduledStep, StepPlan, Update, build_slot_add
+from .queue import WaitingQueue
 from .request import NO_SLOT, Sequence, SequenceState
 from .statistics import SchedulerStatistics
 
@@ -46,18 +49,24 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int, eos_token_ids: Collection[int]) -> None:
         self._config = config
+        self._num_blocks = num_blocks
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._pool = BlockPool(num_blocks, config.block_size, config.enable_prefix_cache)
-        self._waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
+        self._begin()
+        self._ages = itertools.count()
+        self._totals: Counter[str] = Counter()
+
+    def _begin(self) -> None:
+        """Take up the state of ranks that have run no step."""
+        config = self._config
+        self._pool = BlockPool(self._num_blocks, config.block_size, config.enable_prefix_cache)
         self._prefilling: Sequence | None = None
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._deletes: list[int] = []
         self._last_decode: list[int] = []
         self._in_flight: deque[ScheduledStep] = deque()
-        self._ages = itertools.count()
-        self._totals: Counter[str] = Counter()
 
     @property
     def num_waiting(self) -> int:
@@ -78,11 +87,11 @@ class Scheduler:
             raise RequestError(f"{limit}: send the request again later", request_id=sequences[0].request_id)
         limits = [self._check_fits(sequence) for sequence in sequences]
         for sequence, limit_tokens in zip(sequences, limits):
-            if sequence.sequence_id in self._waiting or sequence.sequence_id in self._running:
+            if sequence.sequence_id in self._running or self._waiting.get(sequence.sequence_id) is not None:
                 raise InternalError(f"sequence {sequence.sequence_id} was added twice")
             sequence.max_num_tokens = limit_tokens
             sequence.age = next(self._ages)
-            self._waiting[sequence.sequence_id] = sequence
+            self._waiting.append(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """End a sequence with the reason "abort"; False if it has finished already."""
@@ -95,6 +104,25 @@ class Scheduler:
             return False
         self._finish(sequence, reason, stop_reason)
         return True
+
+    def run_only(self, request_ids: Collection[str] | None) -> None:
+        """Let the sequences of these requests run and no other, those to come included; None lets all run.
+
+        Whoever runs gives everything back and starts again in its turn, so that the running ones stay the oldest of those that may.
+        """
+        self._preempt_all()
+        self._waiting.admit_only(request_ids)
+
+    def reset(self) -> None:
+        """Begin again with ranks that know nothing: steps in flight are forgotten, and what is unfinished waits to be computed again.
+
+        A sequence keeps the tokens that ``apply`` has given it, and goes on behind them.
+        """
+        self._preempt_all()
+        for sequence in self._waiting:
+            sequence.num_tokens = sequence.num_known
+        self._begin()
+        self._totals["restarts"] += 1
 
     def schedule(self) -> ScheduledStep | None:
         """Decide the next step, which must be published; None if nothing can run until a step in flight has been applied."""
@@ -158,6 +186,7 @@ class Scheduler:
             num_computed_tokens=self._totals["computed"],
             num_generated_tokens=self._totals["generated"],
             num_discarded=self._totals["discarded"],
+            num_restarts=self._totals["restarts"],
         )
 
     def validate(self) -> None:
@@ -166,12 +195,13 @@ class Scheduler:
         Raises:
             InternalError: what does not.
         """
-        running, waiting = list(self._running.values()), list(self._waiting.values())
+        running, waiting = list(self._running.values()), list(self._waiting)
+        self._waiting.validate()
         self._pool.validate(sequence.blocks for sequence in running)
         slots = [sequence.slot for sequence in running] + self._free_slots
         _require(sorted(slots) == list(range(self._config.max_num_seqs)), f"slots {slots} are not each held or free once")
         _require(self._prefilling is None or self._prefilling is running[-1], "a prompt is unfinished, and not the newest one's")
-        ages = [sequence.age for sequence in (*running, *waiting)]
+        ages = [sequence.age for sequence in running] + [first.age for first in [self._waiting.first()] if first is not None]
         _require(ages == sorted(ages), f"running and waiting sequences are out of order: {ages}")
         in_flight = Counter(id(sequence) for step in self._in_flight for sequence in step.sampled)
         for sequence in (*running, *waiting):
@@ -226,6 +256,7 @@ class Scheduler:
             assert len(self._running) > 1, "one sequence alone does not fit, although add() checked it"
             victim = self._newest()
             self._preempt(victim)
+            self._totals["preemptions"] += 1
             if victim is sequence:
                 return False
         block = self._pool.allocate(1)[0]
@@ -249,10 +280,10 @@ class Scheduler:
             self._prefilling = None
 
     def _admit_waiting(self, plan: StepPlan) -> None:
-        while self._waiting and self._free_slots and plan.budget and self._prefilling is None:
-            sequence = next(iter(self._waiting.values()))
+        while self._free_slots and plan.budget and self._prefilling is None:
+            sequence = self._waiting.first()
             # after a preemption its tokens are sent again, so that all of them must be known here
-            if sequence.num_in_flight or not self._admit(plan, sequence):
+            if sequence is None or sequence.num_in_flight or not self._admit(plan, sequence):
                 return
 
     def _admit(self, plan: StepPlan, sequence: Sequence) -> bool:
@@ -271,7 +302,7 @@ class Scheduler:
         if num_new_blocks + len(self._running) > self._pool.num_free or not self._may_start(plan, num_tokens - num_cached):
             self._pool.free(cached)
             return False
-        del self._waiting[sequence.sequence_id]
+        self._waiting.remove(sequence)
         self._running[sequence.sequence_id] = sequence
         sequence.state = SequenceState.RUNNING
         sequence.slot = self._free_slots.pop()
@@ -318,7 +349,7 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._leave(sequence)
         else:
-            del self._waiting[sequence.sequence_id]
+            self._waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
@@ -329,9 +360,11 @@ class Scheduler:
         self._leave(sequence)
         sequence.state = SequenceState.PREEMPTED
         sequence.num_computed = 0
-        self._waiting[sequence.sequence_id] = sequence
-        self._waiting.move_to_end(sequence.sequence_id, last=False)
-        self._totals["preemptions"] += 1
+        self._waiting.prepend(sequence)
+
+    def _preempt_all(self) -> None:
+        for sequence in reversed(list(self._running.values())):
+            self._preempt(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """Give slot and blocks back at once: ranks run steps in order, so that later steps may use them before earlier ones are applied."""

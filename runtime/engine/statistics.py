@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SchedulerStatistics:
-    """Counts now (running, waiting, blocks) and since the start (all others).
+    """Counts now (running, waiting, steps, blocks) and since the start (all others).
 
     ``num_prefix_queries`` counts tokens of admitted sequences, ``num_prefix_hits`` those among them that came from shared blocks,
-    ``num_discarded`` tokens that were sampled for sequences already finished.
+    ``num_discarded`` tokens that were sampled for sequences already finished, ``num_restarts`` how often the ranks were replaced.
     """
 
     num_running: int
@@ -25,3 +25,4 @@ class SchedulerStatistics:
     num_computed_tokens: int
     num_generated_tokens: int
     num_discarded: int
+    num_restarts: int

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ...config import DTYPES, EngineConfig, SamplingParams
+from ...config import DTYPES, EngineConfig, RestartPolicy, SamplingParams
 from ...errors import ConfigError, RequestError
 from ..engine.checkpoint import open_checkpoint
 from ..engine.engine import Engine
@@ -41,11 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output (the model's)")
     engine.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="prompts that run at once (64)")
     engine.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV pool (from free memory)")
+    engine.add_argument("--max-restarts", type=int, default=3, metavar="N", help="replace failed workers N times a minute at most (3)")
 
 
 def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     """Check everything that can be checked before a process starts; returns the model's directory."""
     _sampling_params(arguments)
+    _restart_policy(arguments)
     checkpoint = open_checkpoint(arguments.model, options.parallel, _engine_config(arguments))
     if checkpoint.tokenizer is None:
         raise ConfigError(f"{checkpoint.directory} has no tokenizer.json, without which there is no text; add one")
@@ -78,6 +80,8 @@ async def _complete(prompts: list[str], arguments: argparse.Namespace, options: 
             log_dir=options.log_dir,
             on_log=console.on_log,
             on_progress=console.on_progress,
+            restart=_restart_policy(arguments),
+            on_restart=console.say,
         )
         async with engine:
             console.finish_loading()
@@ -155,6 +159,11 @@ def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,
     )
+
+
+def _restart_policy(arguments: argparse.Namespace) -> RestartPolicy | None:
+    policy = RestartPolicy(max_restarts=arguments.max_restarts)
+    return policy if policy.max_restarts else None
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:

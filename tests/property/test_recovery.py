@@ -44,7 +44,7 @@ class Request:
         return self.poison_at is not None and any(self.poison_at < sequence.max_num_tokens for sequence in self.sequences)
 
     def expected(self, sequence: Sequence) -> list[int]:
-        tokens = sequence.prompt_token_ids.tolist()
+        tokens: list[int] = sequence.prompt_token_ids.tolist()
         while len(tokens) < sequence.max_num_tokens:
             tokens.append(next_token(tokens, sequence.seed))
         return tokens[sequence.num_prompt :]
@@ -149,6 +149,7 @@ class Simulation:
         while self.chance.random() < self.outside:  # the restart's own start fails
             if not self.rule(SIGKILL, []).may_restart:
                 return False
+        self.recovery.restarted()
         return True
 
     def rule(self, exit_code: int, steps: list[ScheduledStep]) -> Ruling:

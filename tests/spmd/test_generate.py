@@ -76,7 +76,7 @@ def test_a_launch_id_in_use_is_refused_and_its_holder_unharmed(leak_check: LeakC
 
 
 def test_a_killed_rank_is_named_and_its_signal_is_the_exit_code(leak_check: LeakCheck) -> None:
-    endless = ["generate", "--ignore-eos", "--max-tokens", "500", *["zspmd is"] * 64]
+    endless = ["generate", "--ignore-eos", "--max-tokens", "500", "--max-restarts", "0", *["zspmd is"] * 64]
     with subprocess.Popen([*RUN, "--tp", "2", *endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.read(1) == "z"
@@ -85,6 +85,21 @@ def test_a_killed_rank_is_named_and_its_signal_is_the_exit_code(leak_check: Leak
     assert process.returncode == 128 + signal.SIGKILL
     assert "rank 1 on" in told
     assert "was ended by SIGKILL" in told
+
+
+def test_a_killed_rank_is_replaced_and_the_text_goes_on(leak_check: LeakCheck) -> None:
+    command = [*RUN, "--tp", "2", "generate", "--ignore-eos", "--max-tokens", "200", *["zspmd is"] * 8]
+    undisturbed = run(*command[3:])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        text = process.stdout.read(1)
+        os.kill(rank_pid(process.pid, "zspmd-rank1"), signal.SIGKILL)
+        text += process.stdout.read()  # not communicate(): it forgets what read(1) has buffered
+        told = process.stderr.read()
+    assert (process.returncode, text) == (0, undisturbed.stdout)
+    assert "was ended by SIGKILL" in told
+    assert "restarting the workers, 8 requests go on" in told
 
 
 def rank_pid(driver_pid: int, name: str) -> int:

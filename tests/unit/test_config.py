@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from zspmd.config import Deadlines, EngineConfig, ParallelConfig, SamplingParams
+from zspmd.config import Deadlines, EngineConfig, ParallelConfig, RestartPolicy, SamplingParams
 from zspmd.errors import ConfigError, TopologyError
 
 
@@ -31,7 +31,7 @@ def test_ep_divides_dp_times_tp(dp: int, tp: int, ep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [ParallelConfig(), Deadlines(), EngineConfig(), SamplingParams()], ids=lambda config: type(config).__name__
+    "config", [ParallelConfig(), Deadlines(), EngineConfig(), RestartPolicy(), SamplingParams()], ids=lambda config: type(config).__name__
 )
 def test_settings_are_frozen(config: Any) -> None:
     name = dataclasses.fields(config)[0].name
@@ -139,3 +139,15 @@ def test_an_empty_stop_is_refused(stop: Any) -> None:
 def test_a_stop_token_is_a_token_id(token: Any) -> None:
     with pytest.raises(ConfigError, match=r"stop_token_ids is .*: each is a token id"):
         SamplingParams(stop_token_ids=[token])
+
+
+@pytest.mark.parametrize("value", [-1, 1001, 1.0, True, None], ids=repr)
+def test_restarts_are_a_whole_number(value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"max_restarts is {value!r}; it must be a whole number from 0 to 1000: use 0 for none"):
+        RestartPolicy(max_restarts=value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1"], ids=repr)
+def test_the_window_of_restarts_is_above_zero_and_finite(value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"window_s is {value!r}; it must be a number above 0 and at most 1e"):
+        RestartPolicy(window_s=value)

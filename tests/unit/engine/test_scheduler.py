@@ -323,3 +323,53 @@ def test_validate_finds_damage(damage: Callable[[Scheduler, Sequence], None], me
     damage(scheduler, sequence)
     with pytest.raises(InternalError, match=message):
         scheduler.validate()
+
+
+def test_a_reset_keeps_what_was_applied_and_forgets_the_rest() -> None:
+    scheduler = build(enable_prefix_cache=True)
+    a, b = sequence_of("a", 5), sequence_of("b", 12)
+    scheduler.add(a, b)
+    first = must_schedule(scheduler)
+    must_schedule(scheduler)
+    scheduler.apply(first, [20])
+    scheduler.reset()
+    scheduler.validate()
+    assert (a.num_known, a.num_tokens, a.num_in_flight, b.num_tokens) == (6, 6, 0, 12)
+    statistics = scheduler.statistics()
+    assert (statistics.num_running, statistics.num_waiting, statistics.num_steps_in_flight) == (0, 2, 0)
+    assert (statistics.num_cached_blocks, statistics.num_free_blocks) == (0, statistics.num_blocks)
+    assert (statistics.num_restarts, statistics.num_preemptions) == (1, 0)
+    again = must_schedule(scheduler)
+    assert (again.batch.deletes, chunks(again)) == ((), [(0, 6), (1, 10)])
+    (add_a, add_b) = again.batch.adds
+    assert (add_a.tokens.tolist(), add_a.num_prompt, add_a.num_computed) == ([*range(10, 15), 20], 5, 0)
+    assert (add_b.num_prompt, add_b.num_computed) == (12, 0)
+
+
+def test_only_some_requests_run_and_newcomers_wait() -> None:
+    scheduler = build()
+    a, b = sequence_of("a", 3), sequence_of("b", 3)
+    scheduler.add(a)
+    scheduler.add(b)
+    scheduler.apply(must_schedule(scheduler), [20, 21])
+    scheduler.run_only(["request of b"])
+    scheduler.add(sequence_of("c", 3))
+    alone = must_schedule(scheduler)
+    assert (alone.sampled, sorted(alone.batch.deletes)) == ((b,), [0, 1])
+    assert [add.tokens.tolist() for add in alone.batch.adds] == [[10, 11, 12, 21]]
+    scheduler.run_only([])
+    assert scheduler.schedule() is None
+    scheduler.apply(alone, [22])
+    scheduler.validate()
+    scheduler.run_only(None)
+    assert [sequence.sequence_id for sequence in must_schedule(scheduler).sampled] == ["a", "b", "c"]
+
+
+def test_who_is_held_back_can_be_aborted() -> None:
+    scheduler = build()
+    scheduler.add(sequence_of("a", 3))
+    scheduler.run_only([])
+    assert scheduler.has_work()
+    assert scheduler.abort("a")
+    scheduler.validate()
+    assert not scheduler.has_work()
