@@ -92,20 +92,21 @@ class ValueEncoder:
             ValueError: an integer beyond 64 bits, text that is no UTF-8, nesting beyond the limit, over 1,024 large arrays, or a body over
                 64 MiB.
         """
-        self._buffers = []
         try:
             body: bytes = self._packer.pack(value)
         except (TypeError, ValueError, OverflowError, RuntimeError):
             self._packer.reset()
             _explain(value, "value", 0)
             raise
-        if len(self._buffers) > MAX_BUFFERS:
+        finally:
+            buffers, self._buffers = self._buffers, []  # what was sent is not kept alive here
+        if len(buffers) > MAX_BUFFERS:
             raise ValueError(
-                f"the value holds {len(self._buffers)} arrays of more than {INLINE_BYTES} B; the limit is {MAX_BUFFERS}: stack some of them"
+                f"the value holds {len(buffers)} arrays of more than {INLINE_BYTES} B; the limit is {MAX_BUFFERS}: stack some of them"
             )
         if len(body) > MAX_BODY_BYTES:
             raise ValueError(f"the value packs to {len(body)} B; the limit is {MAX_BODY_BYTES}: send bulk data as arrays")
-        return body, self._buffers
+        return body, buffers
 
     def _pack_tensor(self, value: object) -> msgpack.ExtType:
         family = _family(value)

@@ -1,4 +1,4 @@
-"""The five socket ends of a launch, blocking or not, without an event loop.
+"""The ends of the step and result sockets, blocking or not, without an event loop; ``control_sockets`` has those of the third.
 
     driver                          rank
     StepPublisher   XPUB  ------->  SUB     StepSubscriber
@@ -30,8 +30,6 @@ from .frames import (
     parse_step,
     rank_topic,
 )
-from .records import ControlRecord, unpack_record
-from .schema import pack_record
 
 HIGH_WATER_MARK = 1024
 COPY_BELOW_BYTES = 256 << 10  # below this a copy is cheaper than tracking the buffer
@@ -39,7 +37,7 @@ RESULT_LINGER_MS = 1000
 SEND_TIMEOUT_MS = 60_000  # of sends that may wait; by then the driver has not read 1,024 messages for a minute
 
 
-def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int = 0) -> zmq.Socket[bytes]:
+def open_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int = 0) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, linger_ms)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
@@ -48,7 +46,7 @@ def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int = 0
     return socket
 
 
-def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
+def bind_socket(socket: zmq.Socket[bytes], endpoint: str) -> None:
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
@@ -56,7 +54,7 @@ def _bind(socket: zmq.Socket[bytes], endpoint: str) -> None:
         raise LaunchError(f"cannot bind {endpoint}: {error}; see that its directory exists and has room") from error
 
 
-def _send(socket: zmq.Socket[bytes], head: bytes, buffers: Sequence[Buffer], flags: int = 0) -> list[zmq.MessageTracker]:
+def send_message(socket: zmq.Socket[bytes], head: bytes, buffers: Sequence[Buffer], flags: int = 0) -> list[zmq.MessageTracker]:
     """Send one message; returns trackers of the buffers that were not copied, done once ZeroMQ has let go of them."""
     if not buffers:
         socket.send(head, flags)
@@ -65,16 +63,21 @@ def _send(socket: zmq.Socket[bytes], head: bytes, buffers: Sequence[Buffer], fla
     socket.send(head, flags | zmq.SNDMORE)
     for index, buffer in enumerate(buffers):
         part_flags = flags | (zmq.SNDMORE if index + 1 < len(buffers) else 0)
-        if len(buffer) < COPY_BELOW_BYTES:
-            socket.send(buffer, part_flags)
-        else:
+        if is_sent_in_place(buffer):
             tracker = socket.send(buffer, part_flags, copy=False, track=True)
             assert tracker is not None
             trackers.append(tracker)
+        else:
+            socket.send(buffer, part_flags)
     return trackers
 
 
-def _receive(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame | bytes]:
+def is_sent_in_place(buffer: Buffer) -> bool:
+    """Whether ZeroMQ reads this buffer where it lies, as long as it needs to, instead of taking a copy."""
+    return len(buffer) >= COPY_BELOW_BYTES
+
+
+def receive_message(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame | bytes]:
     first = socket.recv(flags)
     if not socket.getsockopt(zmq.RCVMORE):
         return [first]
@@ -91,9 +94,9 @@ class StepPublisher:
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
-        self.socket = _open(context, zmq.XPUB)
+        self.socket = open_socket(context, zmq.XPUB)
         self.socket.setsockopt(zmq.XPUB_NODROP, 1)
-        _bind(self.socket, endpoint)
+        bind_socket(self.socket, endpoint)
         self.epoch = epoch
         self.next_seq = 0
         self.sent_bytes = 0
@@ -104,12 +107,15 @@ class StepPublisher:
     def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
         """Send one frame to every subscriber and return its seq; never waits.
 
+        Buffers that are sent in place must not change until ``forget``; the others are the caller's when it returns.
+
         Raises:
             BackpressureError: a subscriber's pipe is full although the window had room; nothing was sent.
         """
         head = pack_step_header(kind, self.epoch, self.next_seq) + body
-        self._send(head, buffers)
-        self._kept.append((head, buffers))
+        kept = [buffer if is_sent_in_place(buffer) else bytes(buffer) for buffer in buffers]  # the rest is the caller's again
+        self._send(head, kept)
+        self._kept.append((head, kept))
         self.next_seq += 1
         return self.next_seq - 1
 
@@ -140,11 +146,11 @@ class StepPublisher:
 
     def _send(self, head: bytes, buffers: Sequence[Buffer]) -> None:
         try:
-            _send(self.socket, head, buffers, zmq.NOBLOCK)
+            send_message(self.socket, head, buffers, zmq.NOBLOCK)
         except zmq.Again:
             self.socket.getsockopt(zmq.EVENTS)  # lets libzmq take in read credits that had not been seen yet
             try:
-                _send(self.socket, head, buffers, zmq.NOBLOCK)
+                send_message(self.socket, head, buffers, zmq.NOBLOCK)
             except zmq.Again:
                 raise BackpressureError(
                     f"frame {self.next_seq}: a rank's pipe holds {HIGH_WATER_MARK} unread messages; it has stopped reading"
@@ -163,6 +169,8 @@ class StepPublisher:
         return None
 
     def close(self) -> None:
+        """Close the socket and let go of every frame; idempotent."""
+        self.forget(self.next_seq)
         self.socket.close(0)
 
 
@@ -175,7 +183,7 @@ class StepSubscriber:
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int, on_gap: Callable[[int], None]
     ) -> None:
-        self.socket = _open(context, zmq.SUB)
+        self.socket = open_socket(context, zmq.SUB)
         # in this order: once the driver sees the rank's own topic, the common one is active for it
         self.socket.subscribe(STEP_TOPIC)
         self.socket.subscribe(rank_topic(rank))
@@ -220,7 +228,7 @@ class StepSubscriber:
             elif frame.seq == self.next_seq:
                 self.next_seq += 1
                 return frame
-            elif frame.seq < self.next_seq or frame.seq in self._held:
+            elif frame.seq < self.next_seq:
                 self.dropped_duplicates += 1
             else:
                 self._hold(frame)
@@ -228,15 +236,18 @@ class StepSubscriber:
     def _read(self) -> StepFrame | None:
         """Return the next message of the socket, whichever it is; None when the timeout passed without one."""
         try:
-            return parse_step(_receive(self.socket))
+            return parse_step(receive_message(self.socket))
         except zmq.Again:
             return None
 
     def _hold(self, frame: StepFrame) -> None:
         """Keep a frame that came too early, and ask for the missing one, once: a TICK has it asked for again."""
-        if len(self._held) >= HIGH_WATER_MARK:
+        if frame.seq in self._held:
+            self.dropped_duplicates += 1
+        elif len(self._held) >= HIGH_WATER_MARK:
             raise StepGapError(expected=self.next_seq, got=frame.seq, rank=self.rank)
-        self._held[frame.seq] = frame
+        else:
+            self._held[frame.seq] = frame
         if self._asked_for != self.next_seq:
             self._ask_again()
 
@@ -253,7 +264,7 @@ class ResultPusher:
     """A rank's end of the result socket."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int) -> None:
-        self.socket = _open(context, zmq.PUSH, RESULT_LINGER_MS)
+        self.socket = open_socket(context, zmq.PUSH, RESULT_LINGER_MS)
         self.socket.connect(endpoint)
         self.epoch = epoch
         self.rank = rank
@@ -277,7 +288,7 @@ class ResultPusher:
         """
         try:
             head = pack_result_header(kind, self.epoch, seq, self.rank, busy_us, received_ns)
-            for tracker in _send(self.socket, head + body, buffers):
+            for tracker in send_message(self.socket, head + body, buffers):
                 tracker.wait(SEND_TIMEOUT_MS / 1000)
         except (zmq.Again, zmq.NotDone):
             raise PeerLostError(f"the driver has read no answer for {SEND_TIMEOUT_MS // 1000} s") from None
@@ -290,8 +301,8 @@ class ResultCollector:
     """The driver's end of the result socket."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
-        self.socket = _open(context, zmq.PULL)
-        _bind(self.socket, endpoint)
+        self.socket = open_socket(context, zmq.PULL)
+        bind_socket(self.socket, endpoint)
         self.epoch = epoch
         self.dropped_foreign = 0
 
@@ -302,78 +313,11 @@ class ResultCollector:
             zmq.Again: nothing has arrived.
             BadFrameError, WireVersionError: as ``parse_result``.
         """
-        frame = parse_result(_receive(self.socket, zmq.NOBLOCK))
+        frame = parse_result(receive_message(self.socket, zmq.NOBLOCK))
         if frame.epoch != self.epoch:
             self.dropped_foreign += 1
             return None
         return frame
-
-    def close(self) -> None:
-        self.socket.close(0)
-
-
-class ControlServer:
-    """The driver's end of the control socket: records to and from each connection."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self.socket = _open(context, zmq.ROUTER)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        _bind(self.socket, endpoint)
-
-    def receive(self) -> tuple[bytes, ControlRecord]:
-        """Return the next (connection, record).
-
-        Raises:
-            zmq.Again: nothing has arrived.
-            BadFrameError: as ``unpack_record``; the message is gone.
-        """
-        frames = self.socket.recv_multipart(zmq.NOBLOCK)
-        return frames[0], unpack_record(frames[-1])
-
-    def send(self, connection: bytes, record: ControlRecord, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> None:
-        """Send a record, with a codec value behind it where the record says so.
-
-        Raises:
-            PeerLostError: the connection is gone.
-            BackpressureError: it does not read.
-        """
-        try:
-            self.socket.send(connection, zmq.NOBLOCK | zmq.SNDMORE)
-            _send(self.socket, pack_record(record), [body, *buffers] if body else [], zmq.NOBLOCK)
-        except zmq.Again:
-            raise BackpressureError(f"control connection {connection.hex()} has left {HIGH_WATER_MARK} records unread") from None
-        except zmq.ZMQError as error:
-            raise PeerLostError(f"control connection {connection.hex()}: {error}") from error
-
-    def close(self) -> None:
-        self.socket.close(0)
-
-
-class ControlClient:
-    """A rank's end of the control socket. One client for each thread."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self.socket = _open(context, zmq.DEALER)
-        self.socket.connect(endpoint)
-
-    def send(self, record: ControlRecord) -> None:
-        """Send a record; raises PeerLostError when the driver has stopped reading for a minute."""
-        try:
-            self.socket.send(pack_record(record))
-        except zmq.Again:
-            raise PeerLostError(f"the driver has read no control record for {SEND_TIMEOUT_MS // 1000} s") from None
-
-    def receive(self, timeout_s: float) -> tuple[ControlRecord, list[zmq.Frame | bytes]]:
-        """Wait for a record; returns it and the frames behind it.
-
-        Raises:
-            PeerLostError: none within ``timeout_s``.
-        """
-        if not self.socket.poll(max(0, int(timeout_s * 1000)), zmq.POLLIN):
-            raise PeerLostError(f"no answer of the driver on the control socket within {timeout_s:g} s")
-        first, *rest = _receive(self.socket)
-        assert isinstance(first, bytes)
-        return unpack_record(first), rest
 
     def close(self) -> None:
         self.socket.close(0)

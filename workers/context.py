@@ -30,6 +30,35 @@ class RankFacts:
     device: str
 
 
+class HasRankFacts:
+    """Base of what shows a rank's facts as its own attributes."""
+
+    facts: RankFacts
+
+    @property
+    def launch_id(self) -> str:
+        """The same string on all ranks, and no other launch's."""
+        return self.facts.launch_id
+
+    @property
+    def rank(self) -> int:
+        return self.facts.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.facts.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's place among those of its node, from 0."""
+        return self.facts.local_rank
+
+    @property
+    def local_world_size(self) -> int:
+        """How many ranks this node has."""
+        return self.facts.local_world_size
+
+
 @dataclass
 class RankStatus:
     """What this rank is doing; the main thread writes, the heartbeat thread reads."""
@@ -42,7 +71,7 @@ class RankStatus:
 
 
 @dataclass
-class WorkerContext:
+class WorkerContext(HasRankFacts):
     """Rank facts, the mesh with its communicators, and the store of the launch.
 
     Attributes:
@@ -57,26 +86,6 @@ class WorkerContext:
     _send_progress: Callable[[Progress], None]
     _progress_sent_at: float = field(default=0.0, init=False)
     _coordinator: Coordinator | None = field(default=None, init=False)
-
-    @property
-    def launch_id(self) -> str:
-        return self.facts.launch_id
-
-    @property
-    def rank(self) -> int:
-        return self.facts.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.facts.world_size
-
-    @property
-    def local_rank(self) -> int:
-        return self.facts.local_rank
-
-    @property
-    def local_world_size(self) -> int:
-        return self.facts.local_world_size
 
     @property
     def device(self) -> str:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import ClosedError, ConfigError, CoordinatorTimeoutError, StoreTimeoutError, TopologyError
-from .context import RankFacts
+from .context import HasRankFacts, RankFacts
 from .store import Store
 
 MAX_DATA_BYTES = 64 << 20  # of one broadcast, and of all ranks' shares of an all_gather together: it may lie in the driver's memory
@@ -30,7 +30,7 @@ _num_made = 0  # coordinators that from_env has made in this process: the name o
 _LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Coordinator(ABC):
+class Coordinator(HasRankFacts, ABC):
     """RFC 3587's coordinator, seen from one rank: rank facts, ``broadcast``, ``all_gather``, ``barrier`` and ``local_barrier``.
 
     All ranks of an operation must call it, in the same order. A rank that does not come within ``timeout_s`` is named in a
@@ -70,29 +70,6 @@ class Coordinator(ABC):
         coordinator = _create(str(_num_made), timeout_s)
         _num_made += 1  # one that failed is made again under its name
         return coordinator
-
-    @property
-    def launch_id(self) -> str:
-        """The same string on all ranks, and no other launch's."""
-        return self.facts.launch_id
-
-    @property
-    def rank(self) -> int:
-        return self.facts.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.facts.world_size
-
-    @property
-    def local_rank(self) -> int:
-        """This rank's place among those of its node, from 0."""
-        return self.facts.local_rank
-
-    @property
-    def local_world_size(self) -> int:
-        """How many ranks this node has."""
-        return self.facts.local_world_size
 
     @property
     def is_master(self) -> bool:

@@ -6,8 +6,8 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from ..transport.control_sockets import ControlClient
 from ..transport.records import Beat
-from ..transport.sockets import ControlClient
 
 if TYPE_CHECKING:
     import zmq

@@ -99,7 +99,7 @@ class StepLoop:
     def _call(self, frame: StepFrame, received_ns: int) -> None:
         name, args, kwargs, ranks = _check_call(decode_value(frame.body, frame.buffers))
         if self._pusher.rank not in ranks:
-            self._pusher.push(ResultKind.ACK, frame.seq)
+            self._push(ResultKind.ACK, frame, received_ns)
             return
         self._status.phase = "call"
         kind, buffers = ResultKind.REPLY, list[Buffer]()

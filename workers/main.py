@@ -20,10 +20,11 @@ import zmq
 from ..config import ParallelConfig
 from ..errors import ConfigError, LaunchError, ProtocolError
 from ..transport.codec import decode_value
+from ..transport.control_sockets import ControlClient
 from ..transport.frames import ResultKind
 from ..transport.records import Bootstrap, Reject, Welcome
 from ..transport.schema import pack_record
-from ..transport.sockets import ControlClient, ResultPusher, StepSubscriber
+from ..transport.sockets import ResultPusher, StepSubscriber
 from .bootstrap import hello, rank_facts, read_bootstrap
 from .context import RankStatus, WorkerContext
 from .heartbeat import Heartbeat

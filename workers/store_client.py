@@ -14,8 +14,8 @@ from typing import Any
 import zmq
 
 from ..errors import PeerLostError, ProtocolError, StoreTimeoutError
+from ..transport.control_sockets import ControlClient
 from ..transport.records import MAX_STORE_KEYS, Accepted, Hello, Reject, StoreReply, StoreRequest
-from ..transport.sockets import ControlClient
 
 REPLY_MARGIN_S = 10.0  # how much longer than its own timeout an operation waits for the driver's word
 
@@ -121,7 +121,7 @@ class StoreClient:
         if client is None:
             client = ControlClient(self._context, self._endpoint)
             client.send(self._hello)
-            answer, _ = client.receive(REPLY_MARGIN_S)
+            answer, _ = client.receive(self.timeout_s + REPLY_MARGIN_S)
             if isinstance(answer, Reject):
                 raise PeerLostError(f"the driver refused a store connection: {answer.reason}")
             if not isinstance(answer, Accepted):

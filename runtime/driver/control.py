@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ... import __version__
-from ...errors import BadFrameError, PeerLostError, ProtocolError
+from ...errors import BackpressureError, BadFrameError, PeerLostError, ProtocolError
+from ...transport.control_sockets import ControlServer
 from ...transport.frames import Buffer
 from ...transport.reader import SocketReader
 from ...transport.records import Accepted, Beat, ControlRecord, Hello, Progress, Reject, StoreReply, StoreRequest
-from ...transport.sockets import ControlServer
 from .store import Replies, StoreState
 
 PURPOSES = ("rank", "beat", "store")
@@ -36,7 +36,7 @@ class ControlHub:
     """Serves the control socket: admits connections by the launch's token, keeps beats and progress, runs the store.
 
     ``on_hello`` is called once a rank has introduced itself, ``on_progress`` at each report, ``on_error`` for a connection that
-    breaks the protocol; such a message is dropped.
+    breaks the protocol, whose message is dropped, or reads nothing, and is then forgotten.
     """
 
     def __init__(
@@ -55,17 +55,21 @@ class ControlHub:
         self._token = token
         self._on_hello = on_hello
         self._on_progress = on_progress
+        self._on_error = on_error
         self.loop = asyncio.get_running_loop()
         self._admitted: dict[bytes, RankRecord] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._reader = SocketReader(self.loop, server.socket, self._read_one, on_error)
 
     def send(self, connection: bytes, record: ControlRecord, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> None:
-        """Send to one connection. One that is gone is forgotten: its process has ended, and the agent tells how."""
+        """Send to one connection. One that is gone, or leaves all unread, is forgotten, so that the others get what is theirs."""
         try:
             self._server.send(connection, record, body, buffers)
-        except PeerLostError:
+        except PeerLostError:  # its process has ended, and the agent tells how
             self._admitted.pop(connection, None)
+        except BackpressureError as error:
+            if self._admitted.pop(connection, None) is not None:
+                self._on_error(error)
         self._reader.poke()
 
     def close(self) -> None:

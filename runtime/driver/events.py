@@ -40,14 +40,19 @@ class EventLog:
     def __init__(self) -> None:
         self._events: deque[GroupEvent] = deque(maxlen=MAX_EVENTS)
         self._num_emitted = 0
-        self._waiters: list[asyncio.Future[None]] = []
-        self._is_closed = False
+        self._waiters: set[asyncio.Future[None]] = set()
+        self.is_closed = False
+
+    @property
+    def num_waiters(self) -> int:
+        """Streams that have yielded everything and wait."""
+        return len(self._waiters)
 
     def emit(self, kind: str, rank: int | None = None, detail: str = "") -> None:
         """Add an event and wake whoever waits; ``closed`` ends every stream."""
         self._events.append(GroupEvent(kind, rank, detail))
         self._num_emitted += 1
-        self._is_closed = kind == "closed"
+        self.is_closed = kind == "closed"
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -68,9 +73,15 @@ class EventLog:
                 event = self._events[place - first]
                 place += 1
                 yield event
-            elif self._is_closed:
+            elif self.is_closed:
                 return
             else:
-                waiter = asyncio.get_running_loop().create_future()
-                self._waiters.append(waiter)
-                await waiter
+                await self._wait_for_next()
+
+    async def _wait_for_next(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)  # a reader that gave up

@@ -109,12 +109,12 @@ class WorkerGroup:
             ReadyTimeoutError: ranks in ``missing`` were not ready within ``deadlines.ready_s``.
             WorkerError: a rank failed before it was ready.
             TypeError, ValueError: something in ``worker_args`` may not travel; names its path. Nothing was started.
-            ClosedError: it was started before, or is being closed by another task.
+            ClosedError: it was started or closed before, or is being closed by another task.
 
         Cancellation: whatever was started is ended first.
         """
-        if self._is_started:
-            raise ClosedError(f"group {self.launch_id} was started before; launch a new one")
+        if self._is_started or self._events.is_closed:
+            raise ClosedError(f"group {self.launch_id} was started or closed before; launch a new one")
         self._is_started = True
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
@@ -163,7 +163,8 @@ class WorkerGroup:
     async def submit(self, inputs: Any, *, timeout_s: float | None = None) -> PendingReply:
         """Publish one step as soon as the window has room, and return at once; await the result for the answers.
 
-        Arrays above 256 KiB are sent from where they lie: leave them unchanged until the answer is there.
+        Arrays of 256 KiB and more are sent from where they lie, and the answer then waits until every rank has done with them: leave them
+        unchanged until it is there, or after an error until the group is closed. Smaller ones are the caller's at once.
 
         Raises:
             BackpressureError: no room within ``deadlines.step_s``; names the ranks that are behind. Nothing was sent.
@@ -234,6 +235,8 @@ class WorkerGroup:
         Cancellation: closing goes on; whoever awaits it again finds it further on.
         """
         if not self._is_started:
+            if not self._events.is_closed:
+                self._events.emit("closed")
             return
         if asyncio.get_running_loop() is not self._loop:
             self._processes.kill_nowait()
@@ -304,6 +307,8 @@ class WorkerGroup:
             self._fail(broken)
 
     def _take(self, frame: ResultFrame) -> None:
+        if frame.rank >= self.world_size:
+            raise ProtocolError(f"{frame.kind.name} of rank {frame.rank}; the ranks are 0 to {self.world_size - 1}")
         if frame.kind is ResultKind.ERROR:
             self._faults.raised(frame.rank, read_failure(frame))
             self._settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 from ...errors import ResultTakenError
@@ -19,6 +20,7 @@ class PendingReply:
         seq: the frame that asked.
         step_id: the step, or None for a call.
         ranks: who answers.
+        awaited: whose word ends it: ``ranks``, or every rank where they read the inputs out of the caller's memory.
         asked_ns, published_ns: on the monotonic clock, before and after the inputs were encoded.
         has_raised: whether an await got the error.
     """
@@ -30,12 +32,14 @@ class PendingReply:
         step_id: int | None,
         ranks: Sequence[int],
         *,
+        awaited: Sequence[int],
         asked_ns: int,
         published_ns: int,
     ) -> None:
         self.seq = seq
         self.step_id = step_id
         self.ranks = ranks
+        self.awaited = awaited
         self.asked_ns = asked_ns
         self.published_ns = published_ns
         self._loop = loop
@@ -44,7 +48,6 @@ class PendingReply:
         self._is_done = False
         self._is_taken = False
         self.has_raised = False
-        self._waiters: list[asyncio.Future[None]] = []
         self._callbacks: list[Callable[[], None]] = []
         self._timer: asyncio.TimerHandle | None = None
 
@@ -55,8 +58,8 @@ class PendingReply:
 
     @property
     def missing(self) -> list[int]:
-        """The ranks that have not answered."""
-        return [] if self._is_taken else [rank for rank in self.ranks if rank not in self._answers]
+        """The awaited ranks that have not been heard of."""
+        return [] if self._is_taken else [rank for rank in self.awaited if rank not in self._answers]
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
         if not self._is_done:
@@ -74,10 +77,7 @@ class PendingReply:
     def wait_done(self) -> asyncio.Future[None]:
         """Return a future for the end, whichever it is; it never raises."""
         waiter: asyncio.Future[None] = self._loop.create_future()
-        if self._is_done:
-            waiter.set_result(None)
-        else:
-            self._waiters.append(waiter)
+        self.add_done_callback(partial(_wake, waiter))
         return waiter
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
@@ -92,11 +92,11 @@ class PendingReply:
         self._timer = self._loop.call_later(timeout_s, lambda: self.fail(make_error(self)))
 
     def answer(self, rank: int, value: Any) -> bool:
-        """Take one rank's answer; returns whether it was the last. Answers after the end are dropped."""
+        """Take one awaited rank's answer, None of one that gives none; returns whether it was the last. Those after the end are dropped."""
         if self._is_done:
             return False
         self._answers[rank] = value
-        if len(self._answers) < len(self.ranks):
+        if len(self._answers) < len(self.awaited):
             return False
         self._finish()
         return True
@@ -111,9 +111,11 @@ class PendingReply:
         self._is_done = True
         if self._timer is not None:
             self._timer.cancel()
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._waiters.clear()
         for callback in self._callbacks:
             callback()
+        self._callbacks.clear()
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # an await that was cancelled
+        waiter.set_result(None)

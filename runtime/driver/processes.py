@@ -16,11 +16,12 @@ import zmq
 
 from ...errors import LaunchError, PeerLostError, ReadyTimeoutError, describe_exit
 from ...transport.codec import ValueEncoder
+from ...transport.control_sockets import ControlServer
 from ...transport.frames import Buffer, ResultFrame, StepKind
 from ...transport.reader import SocketReader
 from ...transport.records import Bootstrap, Welcome
 from ...transport.schema import pack_record
-from ...transport.sockets import ControlServer, ResultCollector, StepPublisher
+from ...transport.sockets import ResultCollector, StepPublisher
 from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, RankStarted, Start
 from ..launch.plan import plan_local
 from ..launch.ports import reserve_port
@@ -196,9 +197,9 @@ class GroupProcesses:
         rank, has_joined = change
         if not has_joined:
             return  # its process ended or is about to: the agent tells how
-        was_complete = len(self._subscribed) == self._config.parallel.world_size
         self._subscribed.add(rank)
-        if not was_complete and len(self._subscribed) == self._config.parallel.world_size:
+        if len(self._subscribed) == self._config.parallel.world_size:
+            self._subscription_reader.close()  # nobody else joins, and a poke after each step would cost it 3 us
             self._on_subscribed()
 
     def _welcome(self, rank: RankRecord) -> None:

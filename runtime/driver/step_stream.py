@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...errors import InternalError, ZspmdError
+from ...errors import InternalError, ProtocolError, ZspmdError
 from ...transport.codec import ValueEncoder, decode_value
 from ...transport.frames import Buffer, ResultFrame, ResultKind, StepKind
 from ...transport.records import Failure, unpack_record
+from ...transport.sockets import is_sent_in_place
 from ...transport.window import CreditWindow
 from .gate import WindowGate
 from .pending import PendingReply
@@ -47,7 +48,9 @@ class StepStream:
         self._encoder = ValueEncoder()
         self._window = CreditWindow(size=window, num_ranks=num_ranks)
         self._gate = WindowGate(self._window)
+        self._all_ranks = range(num_ranks)
         self._pending: dict[int, PendingReply] = {}
+        self._replayed: dict[int, tuple[int, int]] = {}  # by rank: the frame it missed last, and how many ticks there had been
 
     @property
     def in_flight(self) -> int:
@@ -91,7 +94,8 @@ class StepStream:
         except BaseException:
             self._gate.grant()
             raise
-        pending = PendingReply(self._loop, seq, step_id, ranks, asked_ns=asked_ns, published_ns=published_ns)
+        awaited = self._all_ranks if any(map(is_sent_in_place, buffers)) else ranks
+        pending = PendingReply(self._loop, seq, step_id, ranks, awaited=awaited, asked_ns=asked_ns, published_ns=published_ns)
         pending.expire_after(timeout_s, self._expired)
         self._pending[seq] = pending
         return pending
@@ -112,7 +116,7 @@ class StepStream:
         """
         kind = frame.kind
         if kind is ResultKind.GAP:
-            self._processes.replay(frame.rank, frame.seq)
+            self._replay(frame.rank, frame.seq)
             return
         if self._window.acknowledged(frame.rank, frame.seq):
             self._processes.publisher.forget(self._window.oldest)
@@ -120,12 +124,24 @@ class StepStream:
             self._gate.grant()
         if kind is ResultKind.OUTPUT or kind is ResultKind.REPLY:
             self._answer(frame, decode_value(frame.body, frame.buffers))
+        elif kind is ResultKind.ACK:
+            pending = self._pending.get(frame.seq)
+            if pending is not None and frame.rank in pending.awaited:
+                self._take_answer(pending, frame, None)
         elif kind is ResultKind.CALL_ERROR:
             pending = self._pending.pop(frame.seq, None)
-            if pending is None or pending.is_done:
+            if pending is None:
                 self.statistics.late_answers += 1
             else:
                 pending.fail(self._call_error(frame.rank, read_failure(frame)))
+
+    def _replay(self, rank: int, seq: int) -> None:
+        """Send again once a tick: a rank that was busy answers every tick that has piled up with the same GAP."""
+        asked = (seq, self._ticker.num_ticks)
+        if self._replayed.get(rank) != asked:
+            self._processes.replay(rank, seq)
+            self._replayed[rank] = asked
+            self._ticker.moved()
 
     async def drain(self, timeout_s: float) -> None:
         """Wait for the answers on their way; whoever awaits them gets the outcome, so it is of no interest here."""
@@ -145,14 +161,20 @@ class StepStream:
 
     def _answer(self, frame: ResultFrame, value: Any) -> None:
         pending = self._pending.get(frame.seq)
-        if pending is None or pending.is_done:
+        if pending is None:
             self.statistics.late_answers += 1
-            self._pending.pop(frame.seq, None)
-        elif pending.answer(frame.rank, value):
+        else:
+            self._take_answer(pending, frame, value)
+
+    def _take_answer(self, pending: PendingReply, frame: ResultFrame, value: Any) -> None:
+        if (frame.rank in pending.ranks) is (frame.kind is ResultKind.ACK):
+            raise ProtocolError(f"an {frame.kind.name}; the ranks that answer are {', '.join(map(str, pending.ranks))}")
+        if pending.answer(frame.rank, value):
             del self._pending[frame.seq]
             self.statistics.record(pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us)
 
     def _expired(self, pending: PendingReply) -> ZspmdError:
+        del self._pending[pending.seq]
         return self._overdue(pending, self._window.missing(pending.seq) or pending.missing)
 
 

@@ -27,6 +27,7 @@ class Ticker:
         self._timer: asyncio.TimerHandle | None = None
         self._period_s = FIRST_TICK_S
         self._seen_oldest = -1
+        self.num_ticks = 0
 
     def arm(self) -> None:
         """Begin to watch; call it after each publication."""
@@ -34,7 +35,7 @@ class Ticker:
             self._restart()
 
     def moved(self) -> None:
-        """Note that the window has moved: after a long wait, the next frame is watched as closely as the first."""
+        """Note that the window has moved, or a frame was sent again: it is watched as closely as the first."""
         if self._timer is not None and self._period_s > FIRST_TICK_S:
             self._timer.cancel()
             self._restart()
@@ -53,6 +54,7 @@ class Ticker:
             return
         with contextlib.suppress(BackpressureError):  # a rank that does not read cannot be told; its step's deadline names it
             self._tick()
+            self.num_ticks += 1
         self._period_s = min(2 * self._period_s, LAST_TICK_S)
         self._timer = self._loop.call_later(self._period_s, self._look)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.groups import launch
+from support.impostor import IMPOSTOR
+from support.losing import LOSE
 from support.polling import wait_until
 
 import zspmd
+from zspmd.transport.frames import STEP_HEADER
 
 pytestmark = pytest.mark.usefixtures("leak_check")
 NUM_STEPS = 3000
@@ -59,6 +63,29 @@ async def test_a_frame_that_is_not_kept_any_more_ends_the_group_with_the_name_of
             await group.step(None)
         assert caught.value.rank == 1
         with pytest.raises(zspmd.StepGapError):
+            await group.step(None)
+
+
+async def test_reminders_that_piled_up_while_a_rank_was_busy_have_its_frames_sent_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOSE, "1:2-2x1")
+    async with launch("Gate", 2, preload=("support.losing",)) as group:
+        busy = await group.submit({"path": str(tmp_path / "gate"), "ranks": [0, 1]})
+        lost = await group.submit({"path": "", "ranks": []})
+        sent_bytes = group.statistics().sent_bytes
+        await wait_until(lambda: group.statistics().sent_bytes >= sent_bytes + 3 * STEP_HEADER.size)  # three ticks
+        (tmp_path / "gate").touch()
+        assert [await busy, await lost] == [[0, 1], [0, 1]]
+        assert await group.call("wait", "", []) == [0, 1]  # behind whatever rank 1 had asked for
+        assert group.statistics().replayed_frames == 1
+
+
+@pytest.mark.parametrize("kind", ["GAP", "ERROR", "OUTPUT"])
+async def test_the_word_of_a_rank_that_does_not_exist_ends_the_group(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(IMPOSTOR, kind)
+    async with launch("Diary", 1, preload=("support.impostor",)) as group:
+        with pytest.raises(zspmd.ProtocolError, match="rank 500 answered frame 1 with what it must not"):
             await group.step(None)
 
 

@@ -100,6 +100,22 @@ async def test_what_may_not_travel_is_named_and_nothing_is_sent() -> None:
         await pending
 
 
+async def test_closing_a_group_that_never_started_ends_its_events_and_it_cannot_be_started() -> None:
+    group = launch("Echo")
+    for _ in range(2):
+        await group.aclose()
+    assert [event.kind async for event in group.events()] == ["closed"]
+    with pytest.raises(ClosedError, match="was started or closed before"):
+        await group.start()
+
+
+async def test_a_start_that_fails_ends_its_events() -> None:
+    group = launch("Echo", worker_args={"scale": {1.0}})
+    with pytest.raises(TypeError):
+        await group.start()
+    assert [event.kind async for event in group.events()] == ["closing", "closed"]
+
+
 async def test_arguments_of_the_worker_that_may_not_travel_start_nothing(leak_check: LeakCheck) -> None:
     group = launch("Echo", worker_args={"scale": {1.0}})
     with pytest.raises(TypeError, match=r"value\['scale'\] is a builtins.set"):
@@ -107,7 +123,7 @@ async def test_arguments_of_the_worker_that_may_not_travel_start_nothing(leak_ch
     assert leak_check.run_directories() == []
     with pytest.raises(ClosedError, match="has not been started, or could not be"):
         group.health()
-    with pytest.raises(ClosedError, match="was started before; launch a new one"):
+    with pytest.raises(ClosedError, match="was started or closed before; launch a new one"):
         await group.start()
 
 
@@ -220,7 +236,6 @@ async def test_a_closed_group_says_so(leak_check: LeakCheck) -> None:
         await group.step(1)
     with pytest.raises(ClosedError, match="has not been started"):
         group.statistics()
-    await group.aclose()
     async with group:
         await group.step(1)
     for use in (group.step(1), group.submit(1), group.call("info"), group.start()):

@@ -22,9 +22,9 @@ from zspmd.process import BOOTSTRAP_FD
 from zspmd.runtime.driver.control import ControlHub
 from zspmd.runtime.launch.ports import ReservedPort, reserve_port
 from zspmd.runtime.launch.rank_starting import bootstrap_file
+from zspmd.transport.control_sockets import ControlServer
 from zspmd.transport.records import Bootstrap
 from zspmd.transport.schema import pack_record
-from zspmd.transport.sockets import ControlServer
 
 PROGRAM = str(Path(__file__).with_name("coordinator_rank.py"))
 TOKEN = b"token"

@@ -13,8 +13,8 @@ from support.contexts import KeepingContext
 import zspmd
 from zspmd.errors import BadFrameError
 from zspmd.runtime.driver.store import StoreState
+from zspmd.transport.control_sockets import ControlServer
 from zspmd.transport.records import Accepted, Hello, Reject, StoreReply, StoreRequest
-from zspmd.transport.sockets import ControlServer
 from zspmd.workers.store_client import StoreClient
 
 HELLO = Hello(token=b"t", rank=0, pid=1, host="h", version=zspmd.__version__, purpose="store")

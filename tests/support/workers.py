@@ -61,6 +61,21 @@ class Diary(zspmd.Worker):
         return self.entries
 
 
+class Firsts(zspmd.Worker):
+    """Writes down the first element of every array that it gets."""
+
+    def setup(self) -> None:
+        self.seen: list[int] = []
+
+    def step(self, inputs: Any) -> Any:
+        self.seen.append(int(inputs[0]))
+        return None
+
+    @zspmd.rpc
+    def firsts(self) -> list[int]:
+        return self.seen
+
+
 class Memory(zspmd.Worker):
     """Says by how much its memory had grown at the most."""
 

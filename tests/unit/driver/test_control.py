@@ -12,10 +12,11 @@ import zmq
 from support.polling import wait_until
 
 import zspmd
-from zspmd.errors import BadFrameError, PeerLostError, ProtocolError
+from zspmd.errors import BackpressureError, BadFrameError, PeerLostError, ProtocolError
 from zspmd.runtime.driver.control import ControlHub, RankRecord
+from zspmd.transport.control_sockets import ControlClient, ControlServer
 from zspmd.transport.records import Accepted, Beat, ControlRecord, Failure, Hello, Progress, Reject, StoreReply, StoreRequest
-from zspmd.transport.sockets import ControlClient, ControlServer
+from zspmd.transport.schema import pack_record
 
 TOKEN = b"t" * 32
 DEADLINE_S = 10.0
@@ -147,6 +148,25 @@ async def test_rubbish_is_told_and_the_next_record_is_read(hub: Hub) -> None:
     hub.hello(rank=1)
     await wait_until(lambda: hub.hellos == [1] and bool(hub.errors))
     assert [type(error) for error in hub.errors] == [BadFrameError]
+
+
+async def test_a_connection_that_reads_nothing_costs_nobody_else_an_answer(hub: Hub) -> None:
+    lazy = hub.context.socket(zmq.DEALER)
+    lazy.set_hwm(100_000)
+    lazy.setsockopt(zmq.RCVHWM, 1)
+    lazy.setsockopt(zmq.LINGER, 0)
+    lazy.connect(hub.endpoint)
+    lazy.send(pack_record(Hello(token=TOKEN, rank=0, pid=99, host="node3", version=zspmd.__version__, purpose="store")))
+    lazy.send(pack_record(StoreRequest(request_id=0, op="get", keys=("never",), timeout_s=0.2)))
+    patient = await store(hub, 1)
+    patient.send(StoreRequest(request_id=1, op="get", keys=("never",), timeout_s=0.2))
+    request = pack_record(StoreRequest(request_id=0, op="?" * 16, keys=()))  # refused, in some 100 B
+    for _ in range(20_000):
+        lazy.send(request)
+    await wait_until(lambda: bool(hub.errors))
+    assert await hub.answer(patient) == StoreReply(request_id=1, absent=("never",))
+    assert isinstance(hub.errors[0], BackpressureError)
+    lazy.close()
 
 
 async def store(hub: Hub, rank: int) -> ControlClient:

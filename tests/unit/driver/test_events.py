@@ -40,6 +40,16 @@ async def test_a_stream_that_is_left_leaves_nothing_behind() -> None:
     assert [event.kind for event in await collect(log)] == ["closed"]
 
 
+async def test_readers_that_give_up_are_forgotten_although_nothing_happens() -> None:
+    log = EventLog()
+    for _ in range(3):
+        reading = asyncio.ensure_future(collect(log))
+        await asyncio.wait([reading], timeout=0)
+        reading.cancel()
+        await asyncio.wait([reading])
+    assert log.num_waiters == 0
+
+
 async def test_a_slow_reader_is_told_how_much_it_missed() -> None:
     log = EventLog()
     stream = log.stream()

@@ -14,7 +14,7 @@ from zspmd.runtime.driver.pending import PendingReply
 
 def make(ranks: tuple[int, ...] = (2, 0)) -> PendingReply:
     loop = asyncio.get_running_loop()
-    return PendingReply(loop, 5, 1, ranks, asked_ns=0, published_ns=0)
+    return PendingReply(loop, 5, 1, ranks, awaited=ranks, asked_ns=0, published_ns=0)
 
 
 async def started(pending: PendingReply) -> asyncio.Task[list[object]]:

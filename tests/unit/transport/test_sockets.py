@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 import zmq
 
-from zspmd.errors import BackpressureError, BadFrameError, LaunchError, PeerLostError, StepGapError, WireVersionError
+from zspmd.errors import BackpressureError, BadFrameError, LaunchError, StepGapError, WireVersionError
 from zspmd.transport.codec import ValueEncoder, decode_value
+from zspmd.transport.control_sockets import ControlServer
 from zspmd.transport.frames import STEP_TOPIC, ResultKind, StepFrame, StepKind, pack_result_header, pack_step_header
-from zspmd.transport.records import Accepted, Beat, ControlRecord
 from zspmd.transport.sockets import (
     COPY_BELOW_BYTES,
     HIGH_WATER_MARK,
-    ControlClient,
-    ControlServer,
     ResultCollector,
     ResultPusher,
     StepPublisher,
@@ -29,7 +27,6 @@ from zspmd.transport.sockets import (
 Context = zmq.Context[zmq.Socket[bytes]]
 EPOCH = 7
 WAIT_MS = 5000
-BEAT = Beat(phase="idle", seq=0, done_seq=0, step_id=-1, memory_bytes=0)
 
 
 class StepPair:
@@ -70,11 +67,6 @@ def pair(context: Context) -> StepPair:
 @pytest.fixture
 def results(context: Context) -> tuple[ResultCollector, ResultPusher]:
     return ResultCollector(context, "inproc://result", epoch=EPOCH), ResultPusher(context, "inproc://result", epoch=EPOCH, rank=3)
-
-
-@pytest.fixture
-def control(context: Context) -> tuple[ControlServer, ControlClient]:
-    return ControlServer(context, "inproc://control"), ControlClient(context, "inproc://control")
 
 
 def test_a_handshake_then_every_frame_in_order(context: Context) -> None:
@@ -139,6 +131,20 @@ def test_a_missing_frame_is_asked_for_once_and_what_follows_is_held(pair: StepPa
         pair.inject(EPOCH, seq)
     assert [pair.receive().seq for _ in range(4)] == [1, 2, 3, 4]
     assert (subscriber.gaps, subscriber.dropped_duplicates, len(pair.gaps)) == (1, 3, 1)
+
+
+def test_what_is_lost_from_a_replay_is_asked_for_by_what_follows_it(pair: StepPair) -> None:
+    for seq in (0, 3, 4):
+        pair.inject(EPOCH, seq)
+    assert pair.receive().seq == 0
+    assert pair.subscribers[0].receive(0) is None
+    for seq in (1, 3):  # of the frames sent again, 2 is lost
+        pair.inject(EPOCH, seq)
+    assert pair.receive().seq == 1
+    assert pair.subscribers[0].receive(0) is None
+    assert pair.gaps == [(0, 1), (0, 2)]
+    pair.inject(EPOCH, 2)
+    assert [pair.receive().seq for _ in range(3)] == [2, 3, 4]
 
 
 def test_a_replay_reaches_one_rank_alone_and_is_the_same_bytes(context: Context) -> None:
@@ -276,48 +282,6 @@ def test_a_bad_answer_does_not_take_the_next_with_it(results: tuple[ResultCollec
     frame = collector.receive()
     assert frame is not None
     assert frame.kind is ResultKind.BYE
-
-
-def receive_record(server: ControlServer) -> tuple[bytes, ControlRecord]:
-    assert server.socket.poll(WAIT_MS)
-    return server.receive()
-
-
-def test_control_records_go_both_ways_with_values_behind_them(control: tuple[ControlServer, ControlClient]) -> None:
-    server, client = control
-    client.send(BEAT)
-    connection, record = receive_record(server)
-    assert record == BEAT
-    server.send(connection, Accepted())
-    assert client.receive(WAIT_MS / 1000) == (Accepted(), [])
-    array = np.arange(10_000)
-    server.send(connection, Accepted(), *ValueEncoder().encode({"x": array}))
-    record, frames = client.receive(WAIT_MS / 1000)
-    body, *buffers = (frame if isinstance(frame, bytes) else frame.buffer for frame in frames)
-    assert record == Accepted()
-    np.testing.assert_array_equal(decode_value(body, buffers)["x"], array)
-
-
-def test_a_bad_record_is_gone_once_it_was_reported(control: tuple[ControlServer, ControlClient]) -> None:
-    server, client = control
-    client.socket.send(b"rubbish")
-    client.send(BEAT)
-    assert server.socket.poll(WAIT_MS)
-    with pytest.raises(BadFrameError):
-        server.receive()
-    assert receive_record(server)[1] == BEAT
-    with pytest.raises(zmq.Again):
-        server.receive()
-
-
-def test_a_connection_that_is_gone_is_an_error(control: tuple[ControlServer, ControlClient]) -> None:
-    with pytest.raises(PeerLostError, match="control connection 6162"):
-        control[0].send(b"ab", Accepted())
-
-
-def test_a_driver_that_is_silent_is_an_error(control: tuple[ControlServer, ControlClient]) -> None:
-    with pytest.raises(PeerLostError, match=r"no answer of the driver on the control socket within 0\.01 s"):
-        control[1].receive(0.01)
 
 
 @pytest.mark.parametrize("end", [StepPublisher, ResultCollector, ControlServer], ids=lambda end: end.__name__)
