@@ -22,9 +22,9 @@ from collections import deque
 import zmq
 
 from ...errors import LaunchError, PeerLostError, ProtocolError
+from ...transport.control_sockets import ControlServer
 from ...transport.records import Bootstrap
 from ...transport.schema import pack_record
-from ...transport.sockets import ControlServer
 from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, Start
 from ..launch.options import ScriptOptions
 from ..launch.plan import LaunchPlan, plan_local
@@ -45,6 +45,7 @@ _STDERR_LINES = 400
 _MAX_LINE_CHARACTERS = 2000
 _STOPPED_FLUSH_S = 1.0
 _FLUSH_PERIOD_S = 0.01
+_PACE_PERIOD_S = 0.02
 
 
 class ScriptLaunch:
@@ -62,6 +63,8 @@ class ScriptLaunch:
         self._ends: list[RankEnd] = []
         self._stderr = [deque[str](maxlen=_STDERR_LINES) for _ in range(options.world_size)]
         self._is_ending = False
+        self._is_holding = False
+        self._is_terminal = os.isatty(1)
         self._error: LaunchError | PeerLostError | None = None
 
     async def run(self) -> int:
@@ -136,8 +139,9 @@ class ScriptLaunch:
             ranks=tuple(RankStart(rank, environment, secret) for rank, environment in enumerate(environments)),
             start_method="spawn",
             argv=options.argv,
-            cwd=os.getcwd(),
-            log_dir=None if options.log_dir is None else os.path.abspath(options.log_dir),
+            cwd=options.cwd,
+            log_dir=options.log_dir,
+            log_policy="drop" if self._is_terminal else "wait",
             kill_s=KILL_S,
         )
 
@@ -158,12 +162,24 @@ class ScriptLaunch:
             if event.stream == "err":
                 self._stderr[event.rank].extend(line[:_MAX_LINE_CHARACTERS] for line in event.lines)
             self._console.show(event.rank, event.stream, event.lines)
+            if not self._is_holding:
+                self._pace()
         elif isinstance(event, RankExited):
             self._on_exit(event)
         elif isinstance(event, AgentWarning):
             self._console.say(event.reason)
         elif isinstance(event, (AgentGone, AgentLost)):
             self._on_agent_end(event)
+
+    def _pace(self) -> None:
+        """Let ranks wait for whoever reads their output, as a pipe would; not for a terminal, nor once they are to end."""
+        assert self._supervisor is not None
+        is_holding = self._console.is_behind and not self._is_terminal and not self._is_ending
+        if is_holding != self._is_holding:
+            self._is_holding = is_holding
+            self._supervisor.hold_nowait(is_holding)
+        if is_holding:
+            self._loop.call_later(_PACE_PERIOD_S, self._pace)
 
     def _on_exit(self, event: RankExited) -> None:
         end = RankEnd(

@@ -28,11 +28,13 @@ from .agent_protocol import (
     AgentGone,
     AgentRecord,
     AgentWarning,
+    Hold,
     LaunchFailed,
     RankExited,
     RankLog,
     RankStart,
     RankStarted,
+    Release,
     Signal,
     Start,
     Stop,
@@ -43,6 +45,7 @@ from .record_stream import RecordStream
 from .run_directory import RunDirectory
 
 _MAX_PENDING_LOG_BYTES = 8 << 20
+_PACE_PERIOD_S = 0.02
 _SWEEP_PERIOD_S = 0.005
 _FLUSH_S = 2.0
 _DEFAULT_KILL_S = 2.0
@@ -66,6 +69,8 @@ class Agent:
         self._kill_at = math.inf
         self._is_terminated = False
         self._num_lines_dropped = 0
+        self._is_held = False
+        self._pacing: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Serve until nothing is left to supervise."""
@@ -158,6 +163,9 @@ class Agent:
         elif isinstance(record, Signal):
             for rank in self._running():
                 (rank.signal if record.number == signal.SIGTERM else rank.signal_group)(record.number)
+        elif isinstance(record, (Hold, Release)):
+            self._is_held = isinstance(record, Hold)
+            self._pace()
         else:
             self._stream.send(AgentWarning(f"the order {type(record).__name__} was not expected and is ignored"))
         self._change.set()
@@ -199,9 +207,11 @@ class Agent:
     # --- what is reported ---
 
     def _report(self, record: RankLog | RankExited | AgentWarning) -> None:
-        """Send a record; log lines only while the driver keeps up, since a rank must never wait for a reader of its log."""
+        """Send a record; log lines only while the driver keeps up, or ranks are made to wait for it."""
         if isinstance(record, RankLog):
-            if self._stream.pending_bytes > _MAX_PENDING_LOG_BYTES:
+            if self._is_behind() and self._order is not None and self._order.log_policy == "wait":
+                self._pace()
+            elif self._is_behind():
                 self._num_lines_dropped += len(record.lines)
                 return
             if self._num_lines_dropped:
@@ -209,6 +219,17 @@ class Agent:
                 self._num_lines_dropped = 0
                 self._stream.send(AgentWarning(text))
         self._stream.send(record)
+
+    def _is_behind(self) -> bool:
+        return self._stream.pending_bytes > _MAX_PENDING_LOG_BYTES
+
+    def _pace(self) -> None:
+        """Let ranks wait while the driver asks for it or does not read, and look again."""
+        for rank in self._ranks.values():
+            rank.set_reading(not self._is_held and not self._is_behind())
+        if self._pacing is not None:
+            self._pacing.cancel()
+        self._pacing = asyncio.get_running_loop().call_later(_PACE_PERIOD_S, self._pace) if self._is_behind() else None
 
     # --- ending ---
 

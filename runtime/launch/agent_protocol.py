@@ -1,6 +1,6 @@
 """What driver and agent tell each other: typed records, each behind its length.
 
-driver -> agent   Start (first, once), Signal, Stop
+driver -> agent   Start (first, once), Hold, Release, Signal, Stop
 agent -> driver   RankStarted, RankLog, RankExited, AgentWarning, LaunchFailed, AgentGone (last)
 
 on the wire: u32 little-endian length, then the record as ``transport.schema`` packs it
@@ -19,10 +19,12 @@ _LENGTH = struct.Struct("<I")
 MAX_RECORD_BYTES = 32 << 20
 MAX_RANKS = 1 << 16
 START_METHODS = ("fork", "spawn")
+LOG_POLICIES = ("drop", "wait")
 STREAMS = ("out", "err")
 MAX_ERROR_REPORT_BYTES = 1 << 20
 _MAX_TEXT = 1 << 20
 _MAX_ITEMS = 1 << 16
+_MAX_ARGUMENTS = 1 << 20  # more than the kernel takes
 _MAX_PID = 1 << 22
 _MAX_SECONDS = 1e6
 
@@ -53,6 +55,7 @@ class Start(AgentRecord):
         cwd: working directory of the ranks.
         sys_path: the driver's ``sys.path`` ("fork"), put before PYTHONPATH ("spawn"); empty leaves the interpreter's own.
         log_dir: where to append each rank's raw output to r00003.out and .err; None for nowhere.
+        log_policy: what becomes of lines when the driver does not read: "drop" counts them, "wait" has ranks wait as at any full pipe.
         kill_s: from SIGKILL until a process must be gone, where no Stop says otherwise.
         run_directory, lock_fd: the directory to remove at the end, and its inherited lock; None and -1 for none.
         driver_pid: a process whose end is the driver's end, beside the end of the stream; 0 for none (a remote driver).
@@ -60,16 +63,27 @@ class Start(AgentRecord):
 
     ranks: tuple[RankStart, ...] = many(RankStart, MAX_RANKS)
     start_method: str = text(16, choices=START_METHODS)
-    argv: tuple[str, ...] = many(str, _MAX_ITEMS, default=())
+    argv: tuple[str, ...] = many(str, _MAX_ARGUMENTS, default=())
     preload: tuple[str, ...] = many(str, _MAX_ITEMS, default=())
     entry: str = text(_MAX_TEXT, default="zspmd.workers.main:main")
     cwd: str = text(_MAX_TEXT, default="/")
     sys_path: tuple[str, ...] = many(str, _MAX_ITEMS, default=())
     log_dir: str | None = text(_MAX_TEXT, is_optional=True, default=None)
+    log_policy: str = text(16, choices=LOG_POLICIES, default="drop")
     kill_s: float = number(0, _MAX_SECONDS, default=2.0)
     run_directory: str | None = text(_MAX_TEXT, is_optional=True, default=None)
     lock_fd: int = whole(1 << 20, -1, default=-1)
     driver_pid: int = whole(_MAX_PID, default=0)
+
+
+@dataclass(frozen=True)
+class Hold(AgentRecord):
+    """Read no further what ranks print, until ``Release``."""
+
+
+@dataclass(frozen=True)
+class Release(AgentRecord):
+    """Read it again."""
 
 
 @dataclass(frozen=True)

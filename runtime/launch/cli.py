@@ -24,7 +24,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,8 @@ import uvloop
 from ...errors import ConfigError, LaunchError, PeerLostError, ReadyTimeoutError, RequestError, WorkerExitedError, ZspmdError
 from ...process import child_pids
 from ...topology import axis_groups
+from .launcher_process import is_output_closed, on_stop_signals, open_standard_streams, orphans_ended
+from .option_values import make_log_dir
 from .options import LaunchOptions as LaunchOptions
 from .options import ScriptOptions, build_parser, ignored_options, is_script, launch_options, script_options, wants_logs
 from .plan import LaunchPlan, plan_local
@@ -42,7 +44,6 @@ from .run_directory import run_directory_path
 
 USAGE_ERROR, START_FAILED, NODE_LOST, NOT_READY = 2, 120, 121, 122
 _PROGRAMS = "zspmd.runtime.programs"
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Program(Protocol):
@@ -57,6 +58,7 @@ class Program(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one message on stderr."""
+    open_standard_streams()
     try:
         arguments = build_parser(_program_names()).parse_args(argv)
         if arguments.command[0] == "--":  # up to Python 3.12 argparse leaves it there
@@ -65,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZspmdError as error:
         print(f"zspmd-run: {error}", file=sys.stderr)
         return exit_code(error)
+    except BrokenPipeError:
+        if not is_output_closed():
+            raise
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:  # before the loop that handles signals: nothing has been started
         return 128 + signal.SIGINT
 
@@ -93,7 +99,10 @@ def _main_program(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(_describe_program(options, name, described))
         return 0
-    return int(uvloop.run(_run_until_signal(program.run(program_arguments, options))))
+    if options.log_dir is not None:
+        make_log_dir(options.log_dir)
+    with orphans_ended():
+        return int(uvloop.run(_run_until_signal(program.run(program_arguments, options))))
 
 
 def _main_script(arguments: argparse.Namespace) -> int:
@@ -101,13 +110,17 @@ def _main_script(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(_describe_script(replace(options, log_dir="a new temporary directory") if wants_logs(arguments) else options))
         return 0
-    notes = [f"{', '.join(names)} means nothing on one node and is ignored" for names in [ignored_options(arguments)] if names]
+    ignored = ignored_options(arguments)
+    notes = [f"ignored, since it means nothing on one node: {', '.join(ignored)}"] if ignored else []
     if wants_logs(arguments):
         options = replace(options, log_dir=tempfile.mkdtemp(prefix=f"zspmd-{options.launch_id}-"))
         notes.append(f"log files are in {options.log_dir}")
+    elif options.log_dir is not None:
+        make_log_dir(options.log_dir)
     for note in [] if options.is_quiet else notes:
         print(f"[zspmd] {note}", file=sys.stderr)
-    return int(uvloop.run(_run_script(options)))
+    with orphans_ended():
+        return int(uvloop.run(_run_script(options)))
 
 
 def _program_names() -> list[str]:
@@ -155,7 +168,7 @@ def _describe_script(options: ScriptOptions) -> str:
     environment = script_environment(options, plan, 0)
     facts = [
         f"socket   ipc://{directory}/control",
-        f"cwd      {os.getcwd()}",
+        f"cwd      {options.cwd}",
         f"threads  OMP_NUM_THREADS={environment['OMP_NUM_THREADS']}",
         f"devices  CUDA_VISIBLE_DEVICES={environment.get('CUDA_VISIBLE_DEVICES', '(not set)')}",
         f"env      {' '.join(options.environment) or '(nothing beside this environment and the facts of the launch)'}",
@@ -186,7 +199,7 @@ async def _run_script(options: ScriptOptions) -> int:
     from ..driver.script_launch import ScriptLaunch
 
     launch = ScriptLaunch(options)
-    _on_stop_signals(launch.interrupt)
+    on_stop_signals(launch.interrupt)
     return await launch.run()
 
 
@@ -209,7 +222,7 @@ async def _run_until_signal(program: Coroutine[Any, Any, int]) -> int:
         for pid in child_pids():
             os.kill(pid, signal.SIGTERM if len(received) == 2 else signal.SIGQUIT)
 
-    _on_stop_signals(end)
+    on_stop_signals(end)
     try:
         return await task
     except asyncio.CancelledError:
@@ -221,13 +234,6 @@ async def _run_until_signal(program: Coroutine[Any, Any, int]) -> int:
         print(f"zspmd-run: {error}", file=sys.stderr)  # what ending its ranks by force has made of it
     print(f"zspmd-run: ended by {signal.Signals(received[0]).name}", file=sys.stderr)
     return 128 + received[0]
-
-
-def _on_stop_signals(handle: Callable[[int], None]) -> None:
-    loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
-            loop.add_signal_handler(number, handle, number)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ class LineWriter:
             self._thread = threading.Thread(target=self._run, name="zspmd-lines", daemon=True)
             self._thread.start()
 
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that nobody has taken yet."""
+        return self._pending_bytes
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything is written, or ``timeout_s`` have passed; whether it is."""
         with self._change:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ... import __version__
-from ...config import MAX_DEADLINE_S, ParallelConfig
+from ...config import ParallelConfig
 from ...errors import ConfigError, TopologyError
-from .agent_protocol import MAX_RANKS
-from .devices import available_cores, detect_devices, num_cuda_devices, script_devices
+from .devices import detect_devices, script_devices
 from .launch_id import check_launch_id, generate_launch_id
-from .plan import FACT_NAMES
+from .option_values import (
+    ERR,
+    OUT,
+    read_address,
+    read_argv,
+    read_num_ranks,
+    read_port,
+    read_seconds,
+    read_shown_ranks,
+    read_stream_bits,
+    read_variables,
+    read_working_directory,
+)
 
 GRACE_S = 30.0
 ABORT_GRACE_S = 5.0
-OUT, ERR = 1, 2  # the bits of torchrun's --redirects and --tee
 # torchrun's options that say how its nodes find each other and how it watches them; there is nothing to be said here.
 _IGNORED = ("rdzv-backend", "rdzv-endpoint", "rdzv-conf", "local-addr", "role", "monitor-interval", "start-method")
 _FOR_SCRIPTS = ("rdzv-id", "master-addr", "master-port", "redirects", "tee", "local-ranks-filter", "no-prefix", "grace", "abort-grace")
@@ -45,6 +53,7 @@ class ScriptOptions:
     """A launch of ranks that execute ``argv``.
 
     Attributes:
+        cwd: where they run.
         devices: "cpu" or "cuda:<index>" by rank; ``visible_devices`` is their CUDA_VISIBLE_DEVICES, None where it stays as it is.
         environment: variables to set in every rank, beside the launch's facts.
         run_id: what ranks find as TORCHELASTIC_RUN_ID.
@@ -56,6 +65,7 @@ class ScriptOptions:
     """
 
     argv: tuple[str, ...]
+    cwd: str
     world_size: int
     launch_id: str
     devices: tuple[str, ...]
@@ -107,15 +117,15 @@ def launch_options(arguments: argparse.Namespace, program: str) -> LaunchOptions
     for name in (*_FOR_SCRIPTS, *_IGNORED):
         if getattr(arguments, _dest(name)) not in (None, False):
             raise ConfigError(f"--{name} is for scripts and means nothing for the program {program!r}; leave it out")
-    num_ranks, tp = _num_ranks(arguments.nproc_per_node), arguments.tp
+    num_ranks, tp = read_num_ranks(arguments.nproc_per_node), arguments.tp
     parallel = ParallelConfig(tp=tp if tp is not None else num_ranks or 1)
     if num_ranks is not None and num_ranks != parallel.world_size:
         raise TopologyError(f"--nproc-per-node {num_ranks} and --tp {tp} do not agree; give one of them, or equal numbers")
     devices = tuple(detect_devices(arguments.devices, parallel.world_size))
-    os.environ.update(_environment(arguments))
+    os.environ.update(read_variables(arguments.env))
     values = {"nproc-per-node": num_ranks, "tp": tp, "launch-id": arguments.launch_id}
     given = {name for name, value in values.items() if value is not None} | ({"devices"} if arguments.devices != "auto" else set())
-    return LaunchOptions(parallel, _launch_id(arguments), devices, arguments.log_dir, arguments.quiet, frozenset(given))
+    return LaunchOptions(parallel, _launch_id(arguments), devices, _log_dir(arguments), arguments.quiet, frozenset(given))
 
 
 def script_options(arguments: argparse.Namespace) -> ScriptOptions:
@@ -127,25 +137,26 @@ def script_options(arguments: argparse.Namespace) -> ScriptOptions:
     _check_one_node(arguments)
     if arguments.tp is not None:
         raise ConfigError("--tp is for programs; a script lays out its own mesh, give -n")
-    world_size = _num_ranks(arguments.nproc_per_node) or 1
+    world_size = read_num_ranks(arguments.nproc_per_node) or 1
     devices, visible = script_devices(arguments.devices, world_size)
-    environment, launch_id = _environment(arguments), _launch_id(arguments)
+    environment, launch_id = read_variables(arguments.env), _launch_id(arguments)
     if visible is not None and "CUDA_VISIBLE_DEVICES" in environment:
         raise ConfigError(f"--devices {arguments.devices} sets CUDA_VISIBLE_DEVICES, as does --env; give one of them")
-    redirects = _stream_bits("--redirects", arguments.redirects, world_size)
-    tee = _stream_bits("--tee", arguments.tee, world_size)
-    shown = _shown_ranks(arguments.local_ranks_filter, world_size)
+    redirects = read_stream_bits("--redirects", arguments.redirects, world_size)
+    tee = read_stream_bits("--tee", arguments.tee, world_size)
+    shown = read_shown_ranks(arguments.local_ranks_filter, world_size)
     return ScriptOptions(
-        argv=rank_argv(arguments),
+        argv=read_argv(arguments.command, is_module=arguments.module, is_command=arguments.no_python),
+        cwd=read_working_directory(),
         world_size=world_size,
         launch_id=launch_id,
         devices=tuple(devices),
         visible_devices=visible,
         environment=environment,
         run_id=arguments.rdzv_id or launch_id,
-        master_addr=_address(arguments.master_addr or "127.0.0.1"),
-        master_port=_port(arguments.master_port),
-        log_dir=arguments.log_dir,
+        master_addr=read_address("127.0.0.1" if arguments.master_addr is None else arguments.master_addr),
+        master_port=read_port(arguments.master_port),
+        log_dir=_log_dir(arguments),
         hidden=frozenset(
             (rank, stream)
             for rank in range(world_size)
@@ -153,8 +164,8 @@ def script_options(arguments: argparse.Namespace) -> ScriptOptions:
             if rank not in shown or (redirects[rank] & bit and not tee[rank] & bit)
         ),
         has_prefix=world_size > 1 and not arguments.no_prefix,
-        grace_s=_seconds("--grace", arguments.grace, GRACE_S),
-        abort_grace_s=_seconds("--abort-grace", arguments.abort_grace, ABORT_GRACE_S),
+        grace_s=read_seconds("--grace", arguments.grace, GRACE_S),
+        abort_grace_s=read_seconds("--abort-grace", arguments.abort_grace, ABORT_GRACE_S),
         is_quiet=arguments.quiet,
     )
 
@@ -173,24 +184,6 @@ def is_script(arguments: argparse.Namespace) -> bool:
     """Say whether the command is for the ranks themselves rather than a program: -m, --no-python, or a name with .py or a slash."""
     name: str = arguments.command[0]
     return bool(arguments.module or arguments.no_python or name.endswith(".py") or "/" in name)
-
-
-def rank_argv(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Return what each rank executes.
-
-    Raises:
-        ConfigError: there is no such script, or -m stands beside --no-python.
-    """
-    name, *rest = arguments.command
-    if arguments.module and arguments.no_python:
-        raise ConfigError("-m and --no-python exclude each other; give one of them")
-    if arguments.no_python:
-        return (name, *rest)
-    if arguments.module:
-        return (sys.executable, "-u", "-m", name, *rest)
-    if not os.path.exists(name):
-        raise ConfigError(f"there is no script {name!r} in {os.getcwd()}; give its path, -m for a module, --no-python for a command")
-    return (sys.executable, "-u", name, *rest)
 
 
 def _add(parser: argparse._ActionsContainer, name: str, *short: str, **settings: object) -> None:
@@ -236,86 +229,11 @@ def _check_one_node(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--max-restarts is {arguments.max_restarts}; zspmd-run restarts nothing: leave it out, and run it again by hand")
 
 
-def _num_ranks(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if text in ("gpu", "auto") and (count := num_cuda_devices()):
-        return count
-    if text == "gpu":
-        raise TopologyError("--nproc-per-node gpu: this node shows no CUDA device; check CUDA_VISIBLE_DEVICES, or give a number")
-    if text in ("cpu", "auto"):
-        return available_cores()
-    try:
-        number = int(text)
-    except ValueError:
-        raise TopologyError(f"--nproc-per-node is {text!r}; give a number, gpu, cpu or auto") from None
-    if not 1 <= number <= MAX_RANKS:
-        raise TopologyError(f"--nproc-per-node is {number}; it must be at least 1 and at most {MAX_RANKS}")
-    return number
-
-
 def _launch_id(arguments: argparse.Namespace) -> str:
     return generate_launch_id() if arguments.launch_id is None else check_launch_id(arguments.launch_id)
 
 
-def _environment(arguments: argparse.Namespace) -> dict[str, str]:
-    environment = {}
-    for entry in arguments.env:
-        name, has_value, value = entry.partition("=")
-        if not name:
-            raise ConfigError(f"--env {entry!r} names no variable; write NAME=VALUE, or NAME to copy its value")
-        if name in FACT_NAMES or name.startswith("TORCHELASTIC_"):
-            raise ConfigError(f"--env {name}: the launch itself sets this variable in every rank")
-        if not has_value and name not in os.environ:
-            raise ConfigError(f"--env {name}: it is not set here, so that there is nothing to copy; write {name}=VALUE")
-        environment[name] = value if has_value else os.environ[name]
-    return environment
-
-
-def _stream_bits(option: str, text: str | None, world_size: int) -> list[int]:
-    """Read torchrun's notation, "3" for all ranks or "0:1,1:3" for some; returns the bits by rank."""
-    try:
-        if text is None or text.isdigit():
-            places = dict.fromkeys(range(world_size), int(text or 0))
-        else:
-            places = {int(rank): int(bits) for rank, _, bits in (entry.partition(":") for entry in text.split(","))}
-    except ValueError:
-        raise ConfigError(f"{option} is {text!r}; write 0, 1, 2 or 3, or pairs such as 0:1,1:3") from None
-    for rank, bits in places.items():
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"{option} is {text!r}; rank {rank} is outside the world of {world_size}")
-        if not 0 <= bits <= (OUT | ERR):
-            raise ConfigError(f"{option} is {text!r}; streams are 0 none, 1 stdout, 2 stderr, 3 both")
-    return [places.get(rank, 0) for rank in range(world_size)]
-
-
-def _shown_ranks(text: str | None, world_size: int) -> set[int]:
-    if text is None:
-        return set(range(world_size))
-    entries = text.split(",")
-    if not all(entry.isdigit() and int(entry) < world_size for entry in entries):
-        raise ConfigError(f"--local-ranks-filter is {text!r}; list ranks from 0 to {world_size - 1}, such as 0,1")
-    return set(map(int, entries))
-
-
-def _address(name: str) -> str:
-    """Return the IP address of a name, that of IPv4 where it has both."""
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"--master-addr {name!r} has no address: {error}; give an IP address of this machine") from error
-    return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
-
-
-def _port(port: int | None) -> int:
-    if port is not None and not 0 <= port <= 65_535:
-        raise ConfigError(f"--master-port is {port}; it must be from 1 to 65535, or 0 for one that is chosen")
-    return port or 0
-
-
-def _seconds(option: str, value: float | None, default: float) -> float:
-    if value is None:
-        return default
-    if not 0 <= value <= MAX_DEADLINE_S:
-        raise ConfigError(f"{option} is {value!r} s; it must be from 0 to {MAX_DEADLINE_S:g}")
-    return value
+def _log_dir(arguments: argparse.Namespace) -> str | None:
+    if arguments.log_dir == "":
+        raise ConfigError("--log-dir is empty; give a directory, or leave it out")
+    return None if arguments.log_dir is None else os.path.abspath(arguments.log_dir)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ...errors import TopologyError
 from .devices import available_cores, detect_devices
@@ -57,6 +59,10 @@ class LaunchPlan:
         """Return the ranks of one node."""
         return tuple(rank for rank in self.ranks if rank.node_rank == node_rank)
 
+    @cached_property
+    def _local_world_sizes(self) -> Counter[int]:
+        return Counter(rank.node_rank for rank in self.ranks)
+
     def rank_environment(self, rank: int, base: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the whole environment of a rank's process.
 
@@ -66,7 +72,7 @@ class LaunchPlan:
         """
         environment = {name: value for name, value in (os.environ if base is None else base).items() if not _is_foreign(name)}
         place = self.ranks[rank]
-        local_world_size = len(self.node_ranks(place.node_rank))
+        local_world_size = self._local_world_sizes[place.node_rank]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // local_world_size)))
         for name in ("PYTHONUNBUFFERED", "PYTHONFAULTHANDLER", "TORCH_NCCL_ASYNC_ERROR_HANDLING"):
             environment.setdefault(name, "1")

@@ -34,6 +34,7 @@ class RankOutput:
         self._log_path = None if log_dir is None else Path(log_dir) / f"r{rank:05d}.{stream}"
         self._log_fd = -1
         self._read_fd = -1
+        self._is_reading = False
         self._progress: asyncio.TimerHandle | None = None
 
     def open(self) -> int:
@@ -46,8 +47,18 @@ class RankOutput:
             self._log_fd = os.open(self._log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._read_fd, write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
-        asyncio.get_running_loop().add_reader(self._read_fd, self._read)
+        self.set_reading(True)
         return write_fd
+
+    def set_reading(self, is_reading: bool) -> None:
+        """Read what comes, or leave it in the pipe, where a rank that prints more has to wait."""
+        if self._read_fd < 0 or is_reading == self._is_reading:
+            return
+        self._is_reading = is_reading
+        if is_reading:
+            asyncio.get_running_loop().add_reader(self._read_fd, self._read)
+        else:
+            asyncio.get_running_loop().remove_reader(self._read_fd)
 
     def drain(self) -> None:
         """Read what is there by now, and report a last line without a newline."""
@@ -65,7 +76,7 @@ class RankOutput:
             self._progress.cancel()
             self._progress = None
         if self._read_fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._read_fd)
+            self.set_reading(False)
             os.close(self._read_fd)
             self._read_fd = -1
         if self._log_fd >= 0:
@@ -147,6 +158,11 @@ class RankProcess:
         self.pid = pid
         self._pidfd = os.pidfd_open(pid)
         asyncio.get_running_loop().add_reader(self._pidfd, self._reap)
+
+    def set_reading(self, is_reading: bool) -> None:
+        """Read what the rank prints, or let it wait."""
+        for output in self._outputs:
+            output.set_reading(is_reading)
 
     def signal(self, number: int) -> None:
         """Send a signal to the rank's process alone; nothing happens when it has ended."""

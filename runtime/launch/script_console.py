@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
-from .line_writer import LineWriter
+from .line_writer import MAX_PENDING_BYTES, LineWriter
 from .options import ScriptOptions
 
 _OUT_FD, _ERR_FD = 1, 2
@@ -14,7 +14,7 @@ _OUT_FD, _ERR_FD = 1, 2
 class ScriptConsole:
     """Shows the lines of ranks behind ``[rank N]``, and the launcher's own on stderr behind ``[zspmd]``.
 
-    A launch of one rank has no prefix, so that its output is what the script alone would have printed. ``on_output_closed`` is
+    A launch of one rank has no prefix, so that its lines can be piped on. ``on_output_closed`` is
     called, from another thread, when nobody reads standard output any longer.
     """
 
@@ -41,6 +41,11 @@ class ScriptConsole:
     def say(self, text: str) -> None:
         """Show a line of the launcher's own, or several."""
         self._err.write(_ERR_FD, f"[zspmd] {text}\n".encode(errors="replace"))
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits to be read that ranks had better wait too."""
+        return max(self._out.pending_bytes, self._err.pending_bytes) > MAX_PENDING_BYTES // 2
 
     def is_shown(self) -> bool:
         """Say whether everything has left."""

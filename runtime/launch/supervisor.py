@@ -12,7 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ...errors import BadFrameError, LaunchError, describe_exit
-from .agent_protocol import AgentGone, AgentRecord, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Signal, Start, Stop
+from ...transport.schema import pack_record
+from .agent_protocol import (
+    AgentGone,
+    AgentRecord,
+    AgentWarning,
+    Hold,
+    LaunchFailed,
+    RankExited,
+    RankLog,
+    RankStarted,
+    Release,
+    Signal,
+    Start,
+    Stop,
+)
 from .record_stream import RecordStream
 from .run_directory import RunDirectory
 
@@ -119,6 +133,11 @@ class NodeSupervisor:
         if self._stream is not None:
             self._stream.send(Signal(int(number)))
 
+    def hold_nowait(self, is_held: bool) -> None:
+        """Have what ranks print left in their pipes, so that they wait, or read again."""
+        if self._stream is not None:
+            self._stream.send(Hold() if is_held else Release())
+
     def kill_nowait(self) -> None:
         """End everything at once without waiting: the agent finds its driver gone and kills all that it has. Safe to call again."""
         if self._agent is None or self._stream is None or self._reaped.is_set():
@@ -130,8 +149,15 @@ class NodeSupervisor:
             loop.call_later(self._order.kill_s + _MARGIN_S, self._signal_agent, signal.SIGKILL)
 
     def _execute_agent(self) -> None:
-        ours, theirs = socket.socketpair()
         directory = self._run_directory
+        order = replace(self._order, driver_pid=os.getpid())
+        if directory is not None:
+            order = replace(order, run_directory=str(directory.path), lock_fd=directory.lock_fd)
+        try:
+            pack_record(order)
+        except BadFrameError as error:
+            raise LaunchError(f"the agent cannot be told what to start: {error}; give fewer ranks, arguments or variables") from error
+        ours, theirs = socket.socketpair()
         with ours, theirs:
             try:
                 self._agent = subprocess.Popen(
@@ -150,9 +176,6 @@ class NodeSupervisor:
         self._stream = RecordStream(fd, fd, self._on_record, self._on_end)
         self._stream.open()
         asyncio.get_running_loop().add_reader(self._agent_pidfd, self._on_agent_exit)
-        order = replace(self._order, driver_pid=os.getpid())
-        if directory is not None:
-            order = replace(order, run_directory=str(directory.path), lock_fd=directory.lock_fd)
         self._stream.send(order)
 
     async def _wait_reaped(self, timeout_s: float) -> bool:

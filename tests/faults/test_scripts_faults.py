@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -194,6 +195,27 @@ def test_the_death_of_the_agent_is_named(leak_check: LeakCheck) -> None:
     )
 
 
+def test_the_death_of_the_agent_leaves_nothing_that_ranks_have_started(leak_check: LeakCheck) -> None:
+    escapes = "setsid sh -c 'sleep 600 & sleep 600' & echo ready; sleep 600"
+    with begin("-n", "2", "--no-python", "sh", "-c", escapes, num_ready=2) as process:
+        (agent,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(agent), signal.SIGKILL)
+        process.communicate(timeout=20)
+        assert process.returncode == 121
+        assert leak_check.processes() == {}
+
+
+def test_what_the_shell_had_started_before_outlives_the_agent(leak_check: LeakCheck) -> None:
+    """``exec`` hands its background jobs over as children, and they are not the launch's."""
+    command = shlex.join([*RUN, "--no-python", "sh", "-c", "kill -KILL $PPID"])
+    with subprocess.Popen(["sh", "-c", f"sleep 600 & echo $!; exec {command}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        sleeper = int(process.stdout.readline())
+        assert process.wait(20) == 121
+        assert list(leak_check.processes()) == [sleeper]
+        os.kill(sleeper, signal.SIGKILL)
+
+
 def test_nobody_reads_the_output(leak_check: LeakCheck) -> None:
     with begin("--no-python", "sh", "-c", "echo ready; trap exit TERM; while :; do echo more; sleep 0.01; done", num_ready=1) as process:
         assert process.stdout is not None
@@ -202,6 +224,15 @@ def test_nobody_reads_the_output(leak_check: LeakCheck) -> None:
         assert process.stderr is not None
         assert "nobody reads" in process.stderr.read()
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["--dry-run", "--no-python", "true"]], ids=["program", "plan"])
+def test_nobody_reads_what_zspmd_run_itself_prints(leak_check: LeakCheck, arguments: list[str]) -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    done = subprocess.run([*RUN, *arguments], stdout=write_fd, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    os.close(write_fd)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_full_disk_below_the_output_is_told_and_ends_nothing(leak_check: LeakCheck) -> None:

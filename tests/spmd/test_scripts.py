@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from support.leaks import LeakCheck
 from support.polling import block_until
-from support.script_runs import SCRIPTS, begin, run, script
+from support.script_runs import RUN, SCRIPTS, begin, run, script
 
 from zspmd.runtime.launch.ports import FIRST_PORT, LAST_PORT, first_candidate
 
@@ -103,6 +104,44 @@ def test_a_progress_bar_is_shown_while_it_goes_on(leak_check: LeakCheck) -> None
     assert told == " 20%\n"
 
 
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=["stdin", "stdout", "stderr", "all"])
+def test_standard_streams_may_be_closed(leak_check: LeakCheck, tmp_path: Path, closed: tuple[int, ...]) -> None:
+    redirections = " ".join(f"{fd}{'<' if fd == 0 else '>'}&-" for fd in closed)
+    command = shlex.join([*RUN, "--no-python", "sh", "-c", f"echo out; touch {tmp_path}/ran"])
+    done = subprocess.run(["sh", "-c", f"exec {command} {redirections}"], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "" if 1 in closed else "out\n", "")
+    assert (tmp_path / "ran").exists()
+
+
+def test_seventy_thousand_arguments_arrive(leak_check: LeakCheck) -> None:
+    done = run("--no-python", "sh", "-c", 'echo "$#"', "sh", *["a"] * 70_000)
+    assert (done.stdout, done.stderr) == ("70000\n", "")
+
+
+def test_a_log_dir_that_cannot_be_is_told_before_anything_starts(leak_check: LeakCheck, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("--log-dir", str(tmp_path / "file"), "--no-python", "touch", str(tmp_path / "started"))
+    assert done.returncode == 2
+    assert f"--log-dir '{tmp_path}/file' cannot be written" in done.stderr
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_reader_that_pauses_for_long_has_the_rank_wait_and_loses_no_line(leak_check: LeakCheck, tmp_path: Path) -> None:
+    size, log = 100_000_000, tmp_path / "r00000.out"
+    sizes = [-1]
+
+    def is_paused_or_done() -> bool:
+        sizes.append(log.stat().st_size if log.exists() else -1)
+        return sizes[-1] == size or (sizes[-1] > 0 and len(sizes) > 100 and sizes[-1] == sizes[-100])
+
+    with begin("--log-dir", str(tmp_path), "--no-python", "sh", "-c", f"yes {'0123456789' * 10} | head -c {size}") as process:
+        assert process.stdout is not None
+        block_until(is_paused_or_done, 30)
+        num_bytes = sum(map(len, process.stdout))
+        assert process.wait(30) == 0
+    assert num_bytes == size + 1  # the last line is cut, and gets an end
+
+
 SHOWN = {"out": ["[rank 0] out 0", "[rank 1] out 1"], "err": ["[rank 0] err 0", "[rank 1] err 1"]}
 RAW = b"\xff\n 10%\r 90%\rdone\nlast"
 
@@ -142,7 +181,7 @@ def test_tee_without_a_log_dir_makes_one_and_says_where(leak_check: LeakCheck, t
 def test_options_of_torchrun_that_mean_nothing_here_are_named(leak_check: LeakCheck) -> None:
     done = run("--rdzv_backend=c10d", "--rdzv-endpoint", "localhost:0", "--nnodes", "1:1", "--max-restarts=0", script("talk"))
     assert done.returncode == 0
-    assert "[zspmd] --rdzv-backend, --rdzv-endpoint means nothing on one node and is ignored\n" in done.stderr
+    assert "[zspmd] ignored, since it means nothing on one node: --rdzv-backend, --rdzv-endpoint\n" in done.stderr
 
 
 def test_sixteen_launches_at_once_share_no_port(leak_check: LeakCheck, tmp_path: Path) -> None:

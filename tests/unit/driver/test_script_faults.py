@@ -127,6 +127,14 @@ def test_the_summary_has_cause_and_consequences() -> None:
     ]
 
 
+def test_ranks_that_were_done_early_are_told_where_nothing_else_explains_a_lost_peer() -> None:
+    done, lost = end(1, 0, at_s=0.9), end(0, stderr=LOST, at_s=1.0)
+    told = summarise(lost, [done, lost], host="h", log_dir=None)
+    assert "  while these were done already\n    rank 1 exited with code 0, -0.100 s" in told
+    raised = end(0, stderr=TRACEBACK, at_s=1.0)
+    assert "done already" not in summarise(raised, [done, raised], host="h", log_dir=None)
+
+
 def test_without_a_traceback_the_last_lines_are_told() -> None:
     cause = end(0, 7, tail=tuple(f"line {number}" for number in range(30)))
     told = summarise(cause, [cause], host="h", log_dir=None).splitlines()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from zspmd.errors import ConfigError, TopologyError, ZspmdError
-from zspmd.runtime.launch import options
+from zspmd.runtime.launch import option_values
 from zspmd.runtime.launch.options import ScriptOptions, build_parser, ignored_options, is_script, launch_options, script_options, wants_logs
 
 
@@ -18,8 +18,8 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A directory with a script, and a machine with four cores and no GPU."""
     (tmp_path / "train.py").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(options, "num_cuda_devices", lambda: 0)
-    monkeypatch.setattr(options, "available_cores", lambda: 4)
+    monkeypatch.setattr(option_values, "num_cuda_devices", lambda: 0)
+    monkeypatch.setattr(option_values, "available_cores", lambda: 4)
 
 
 def parsed(*arguments: str) -> ScriptOptions:
@@ -33,7 +33,7 @@ def test_the_number_of_ranks_in_every_spelling(spelling: str) -> None:
 
 @pytest.mark.parametrize(("text", "gpus", "number"), [("gpu", 2, 2), ("cpu", 2, 4), ("auto", 2, 2), ("auto", 0, 4)])
 def test_the_number_of_ranks_by_what_the_machine_has(monkeypatch: pytest.MonkeyPatch, text: str, gpus: int, number: int) -> None:
-    monkeypatch.setattr(options, "num_cuda_devices", lambda: gpus)
+    monkeypatch.setattr(option_values, "num_cuda_devices", lambda: gpus)
     assert parsed("-n", text).world_size == number
 
 
@@ -76,6 +76,10 @@ def test_a_command_of_torchrun_is_taken_as_it_is() -> None:
         (["--tee", "0:"], ConfigError, "--tee is '0:'"),
         (["--local-ranks-filter", "1"], ConfigError, "list ranks from 0 to 0"),
         (["--master-port", "70000"], ConfigError, "--master-port is 70000"),
+        (["--local-ranks-filter", "\N{SUPERSCRIPT TWO}"], ConfigError, "list ranks from 0 to 0"),
+        (["--redirects", "\N{SUPERSCRIPT TWO}"], ConfigError, "write 0, 1, 2 or 3"),
+        (["--log-dir", ""], ConfigError, "--log-dir is empty"),
+        (["--master-addr", ""], ConfigError, "--master-addr '' has no address"),
         (["--master-addr", "no such host"], ConfigError, "--master-addr 'no such host' has no address"),
         (["--grace", "-1"], ConfigError, "--grace is -1.0 s"),
         (["--launch-id", "a b"], ConfigError, "launch id 'a b'"),
@@ -132,6 +136,43 @@ def test_a_bare_name_is_a_program_and_a_missing_script_is_named() -> None:
     assert not is_script(build_parser([]).parse_args(["generate", "x.py"]))
     with pytest.raises(ConfigError, match=r"there is no script 'absent.py' in .*; give its path, -m for a module"):
         script_options(build_parser([]).parse_args(["absent.py"]))
+
+
+def test_a_directory_is_a_script_where_python_takes_it_for_one(tmp_path: Path) -> None:
+    (tmp_path / "package.d").mkdir()
+    with pytest.raises(ConfigError, match=r"'./package.d' is a directory without a __main__.py"):
+        script_options(build_parser([]).parse_args(["./package.d"]))
+    (tmp_path / "package.d" / "__main__.py").touch()
+    assert script_options(build_parser([]).parse_args(["./package.d"])).argv[-1] == "./package.d"
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
+def test_a_script_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "train.py").chmod(0)
+    with pytest.raises(ConfigError, match=r"the script 'train.py' cannot be read; its mode is 0"):
+        parsed()
+
+
+@pytest.mark.parametrize("options_given", [["--no-python"], ["-m"]])
+def test_an_empty_command(options_given: list[str]) -> None:
+    with pytest.raises(ConfigError, match="the command is empty"):
+        script_options(build_parser([]).parse_args([*options_given, ""]))
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="the working directory is gone"):
+        script_options(build_parser([]).parse_args(["-m", "module"]))
+
+
+def test_a_log_dir_is_made_and_proved_writable(tmp_path: Path) -> None:
+    option_values.make_log_dir(str(tmp_path / "a" / "b"))
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with pytest.raises(ConfigError, match=r"--log-dir '.*/train.py' cannot be written: .*File exists"):
+        option_values.make_log_dir(str(tmp_path / "train.py"))
 
 
 def test_options_of_scripts_mean_nothing_for_programs() -> None:

@@ -1,0 +1,70 @@
+"""What ``zspmd-run`` does about its own process: its standard streams, the signals that end it, and what a killed agent leaves to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from ...process import become_subreaper, child_pids, has_children
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ORPHANS_S = 2.0
+_ORPHANS_PERIOD_S = 0.005
+
+
+def open_standard_streams() -> None:
+    """Put /dev/null where a standard stream was closed by whoever started us; else the loop's first descriptors would take its place."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+
+
+def is_output_closed() -> bool:
+    """Say whether nobody reads standard output any longer; if so it leads to /dev/null from now on, for what Python has yet to flush."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    is_closed = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if is_closed:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+    return is_closed
+
+
+@contextlib.contextmanager
+def orphans_ended() -> Iterator[None]:
+    """Adopt what ranks have started when their agent is killed, and end it; an agent that lives does that itself.
+
+    A process that was executed over one with children (``sh -c "job & exec zspmd-run ..."``) has them too, and leaves them alone.
+    """
+    is_alone = not has_children()
+    if is_alone:
+        become_subreaper()
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + _ORPHANS_S
+        while is_alone and has_children() and time.monotonic() < deadline:
+            for pid in child_pids():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+            time.sleep(_ORPHANS_PERIOD_S)
+        if is_alone and (left := child_pids()):
+            print(f"zspmd-run: pids {', '.join(map(str, left))} did not end even after SIGKILL; see their state in /proc", file=sys.stderr)
+
+
+def on_stop_signals(handle: Callable[[int], None]) -> None:
+    """Have the running loop call ``handle`` with the number of each signal that asks for the end."""
+    loop = asyncio.get_running_loop()
+    for number in _STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+            loop.add_signal_handler(number, handle, number)
