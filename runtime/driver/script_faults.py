@@ -92,7 +92,10 @@ def exit_code_of(end: RankEnd) -> int:
 
 
 def summarise(cause: RankEnd, ends: Sequence[RankEnd], *, host: str, log_dir: str | None) -> str:
-    """Return what to tell the user: the first cause with its traceback or last lines, then the others as its consequences."""
+    """Return what to tell the user: the first cause with its traceback or last lines, then the others as its consequences.
+
+    Where a peer was lost and none has failed for a reason of its own, those that were done early explain it: ranks with less data.
+    """
     lines = [
         f"FAILED with exit code {exit_code_of(cause)}",
         f"  first cause  rank {cause.rank} on {host}, pid {cause.pid}, {cause.describe()}, {cause.at_s:.3f} s after the start",
@@ -101,6 +104,9 @@ def summarise(cause: RankEnd, ends: Sequence[RankEnd], *, host: str, log_dir: st
         lines += ["  traceback", *(f"    {line}" for line in cause.traceback)]
     elif cause.tail:
         lines += ["  last lines", *(f"    {line}" for line in cause.tail[-MAX_TAIL_LINES:])]
+    done = [end for end in ends if end.exit_code == 0] if cause.severity == 1 else []
+    if done:
+        lines += ["  while these were done already", *(f"    rank {end.rank} {_consequence(end, cause)}" for end in done)]
     others = sorted((end for end in ends if end is not cause and end.exit_code != 0), key=lambda end: end.at_s)
     if others:
         lines += ["  then", *(f"    rank {end.rank} {_consequence(end, cause)}" for end in others)]
@@ -139,7 +145,7 @@ def find_traceback(stderr: Sequence[str]) -> tuple[str, ...]:
 
 
 def _consequence(end: RankEnd, cause: RankEnd) -> str:
-    reason = f": {end.reason}" if end.reason and (end.is_spontaneous or end.traceback) else ""
+    reason = f": {end.reason}" if end.reason and end.exit_code != 0 and (end.is_spontaneous or end.traceback) else ""
     return f"{end.describe()}, {end.at_s - cause.at_s:+.3f} s{reason}"
 
 
