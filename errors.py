@@ -122,7 +122,7 @@ class CoordinatorTimeoutError(TransportError, TimeoutError):
     def __init__(self, operation: str, absent: Sequence[int], timeout_s: float) -> None:
         shown = ", ".join(map(str, absent[:16])) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
         who = f"rank {shown} has" if len(absent) == 1 else f"ranks {shown} have"
-        super().__init__(f"{operation}: {who} not come within {timeout_s:g} s; see what they do, or call it again to wait on")
+        super().__init__(f"{operation}: {who} not come within {timeout_s:g} s; see what they do, or allow more time")
         self.operation = operation
         self.absent = tuple(absent)
 

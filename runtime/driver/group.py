@@ -252,6 +252,7 @@ class WorkerGroup:
         if not self._ready.done():
             self._ready.set_exception(self._fault or closed)
         graceful = self._is_ready and not abort and self._fault is None
+        last_fault: WorkerError | None = None  # of a rank's teardown
         try:
             if graceful:
                 await self._stream.drain(drain_s)
@@ -260,14 +261,17 @@ class WorkerGroup:
                 self._stop_ranks()
                 self._signals_from = time.monotonic() + drain_s
             await self._processes.stop(grace_s=drain_s if graceful and self._fault is None else 0.0)
+            if graceful and self._fault is None and self._faults:
+                last_fault = self._faults.first_cause()
+                if self.config.recorder is not None:
+                    self.config.recorder.failed(last_fault)
         finally:
             self._is_closing = True
             self._stream.fail(self._fault or closed)
             self._stream.close()
             self._processes.close()
             self._events.emit("closed")
-        if graceful and self._fault is None and self._faults:
-            self._fault = self._faults.first_cause()
+        self._fault = self._fault or last_fault
         is_told = self._is_fault_told or any(pending.has_raised for pending in self._failed)
         if self._fault is not None and not abort and not is_told:
             raise self._fault

@@ -59,6 +59,7 @@ async def test_conformance(backend: str, world_size: int, tmp_path: Path) -> Non
         assert await group.call("barrier", str(tmp_path / "late"), world_size - 1) == [True] * world_size
         if is_on_cpu:
             assert await group.call("refusals") == [[]] * world_size
+            assert await group.call("lazy") == [[str([1 - 2j] * world_size), str([-2.0] * 2 * world_size), str([1 - 2j])]] * world_size
         if world_size == 2:
             assert await group.call("conform", "large", timeout_s=TIMEOUT_S) == [[]] * world_size
         if world_size == 4:  # more ranks than the cores of many a machine

@@ -153,6 +153,24 @@ def test_a_failure_fails_again(leak_check: LeakCheck, failed: Path) -> None:
     assert "failed as recorded: builtins.RuntimeError: the third step goes wrong" in failing.stdout
 
 
+def test_a_failure_of_the_teardown_fails_again(leak_check: LeakCheck, tmp_path: Path) -> None:
+    path = tmp_path / "run.zsr"
+
+    async def record() -> None:
+        with pytest.raises(zspmd.WorkerRaisedError, match="the end goes wrong"):
+            async with launch("FailingAtTheEnd", path) as group:
+                await group.step({"number": 0})
+
+    asyncio.run(record())
+    done = replay(path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "failed as recorded: WorkerRaisedError of rank 1 in step 0: raised builtins.RuntimeError in its teardown: the end" in done.stdout
+    assert replay(path, differ="failure").returncode == 1
+    assert replay(path, "--rank", "1").returncode == 0
+    alone = replay(path, "--rank", "1", differ="failure")
+    assert (alone.returncode, "failed when it was recorded, and not in the replay" in alone.stdout) == (1, True)
+
+
 def test_a_failure_that_does_not_come_again_is_a_difference(leak_check: LeakCheck, failed: Path) -> None:
     done = replay(failed, differ="failure")
     assert done.returncode == 1

@@ -18,6 +18,7 @@ from zspmd.workers.communicators.communicator import Communicator
 REFUSALS: dict[str, tuple[Callable[[Communicator], object], type[Exception], str]] = {
     "list": (lambda c: c.all_reduce([1.0]), TypeError, "a collective got a list; give it a torch tensor or a NumPy array"),  # type: ignore[type-var]
     "read-only array": (lambda c: c.all_reduce(np.frombuffer(bytes(8))), ValueError, "a collective got a read-only array"),
+    "expanded tensor": (lambda c: c.broadcast(torch.ones(1).expand(4)), ValueError, "got an expanded tensor of strides [0] to write to"),
     "unknown op": (lambda c: c.all_reduce(torch.ones(1), "avg"), ValueError, "op is 'avg'; choose one of sum, product, min, max, mean"),
     "mean of integers": (
         lambda c: c.all_reduce(torch.ones(1).int(), "mean"),
@@ -105,6 +106,15 @@ class Collectives(zspmd.Worker):
         if float(communicator.all_reduce(torch.ones(1))) != communicator.size:
             wrong.append("the ranks are out of step afterwards")
         return wrong
+
+    @zspmd.rpc
+    def lazy(self) -> list[str]:
+        """Gather and overwrite tensors that torch has conjugated or negated without touching their memory; 1 - 2i and -2 are right."""
+        c = self.ctx.mesh["tp"]
+        conjugated = torch.tensor([1 + 2j]).conj()
+        overwritten = conjugated.conj().resolve_conj().conj() if c.is_first else torch.zeros(1, dtype=torch.complex64).conj()
+        negated = torch.tensor([1 + 2j, 1 + 2j]).conj().imag
+        return [str(c.all_gather(x).flatten().tolist()) for x in (conjugated, negated)] + [str(c.broadcast(overwritten).tolist())]
 
     @zspmd.rpc
     def backend(self, axis: str) -> str:

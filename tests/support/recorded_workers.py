@@ -57,6 +57,17 @@ class Mixer(zspmd.Worker):
         raise ValueError(f"rank {self.ctx.rank} does not like {number}")
 
 
+class FailingAtTheEnd(zspmd.Worker):
+    """Raises in the teardown of rank 1."""
+
+    def step(self, inputs: Any) -> Any:
+        return inputs
+
+    def teardown(self) -> None:
+        if self.ctx.rank == 1 and not differs("failure"):
+            raise RuntimeError("the end goes wrong")
+
+
 class Failing(zspmd.Worker):
     """Raises in a step on rank 1 while rank 0 waits in a collective."""
 

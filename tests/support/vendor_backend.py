@@ -18,7 +18,7 @@ class StoreCommunicator(Communicator):
         self._timeout_s = setup.timeout_s
         self._num_rounds = 0
         self._num_messages: dict[tuple[int, int], int] = {}
-        self.unique_id = setup.share_unique_id(lambda: f"made by {setup.group.rank}".encode())
+        self.unique_id = setup.meet(f"made by {setup.group.rank}".encode())
 
     def _all_reduce(self, tensor: torch.Tensor, op: str) -> None:
         tensor.copy_(self._reduced(self._exchange(tensor), op))

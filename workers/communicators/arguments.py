@@ -44,6 +44,19 @@ def as_tensor(value: Any, *, is_written: bool) -> torch.Tensor:
     return torch.from_numpy(value.copy())
 
 
+def as_dense(tensor: torch.Tensor, *, is_written: bool) -> torch.Tensor:
+    """Return a contiguous tensor of the same values: this one, or a copy of one that has other strides or is lazily negated or conjugated.
+
+    Raises:
+        ValueError: one that is to be written to has elements that share memory.
+    """
+    if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
+        return tensor
+    if is_written and any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape)):
+        raise ValueError(f"a collective got an expanded tensor of strides {list(tensor.stride())} to write to; give it a clone")
+    return tensor.resolve_conj().resolve_neg().contiguous()
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor's memory as uint8 [num_bytes]."""
     flat = tensor.as_strided((tensor.numel(),), (1,))  # a contiguous tensor of one element may have any stride, which view() keeps

@@ -14,7 +14,7 @@ import torch
 
 from ...errors import ClosedError
 from ...topology import AxisGroup
-from .arguments import as_bytes, as_tensor, check_device, check_place, check_reduction, check_rows, check_splits, row_bytes
+from .arguments import as_bytes, as_dense, as_tensor, check_device, check_place, check_reduction, check_rows, check_splits, row_bytes
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -63,7 +63,7 @@ class Communicator(ABC):
 
         Raises:
             ConfigError, TopologyError: no such backend, or it does not fit the device or the node.
-            StoreTimeoutError: another rank did not come within ``timeout_s``.
+            CoordinatorTimeoutError: another rank did not come within ``timeout_s``; names it.
         """
         from .registry import create_for_launch
 
@@ -123,7 +123,7 @@ class Communicator(ABC):
         """
         tensor = self._take(value)
         check_reduction(op, tensor.dtype)
-        dense = tensor.contiguous()
+        dense = as_dense(tensor, is_written=True)
         if dense.numel():
             self._all_reduce(dense, op)
             if dense is not tensor:
@@ -132,7 +132,7 @@ class Communicator(ABC):
 
     def all_gather(self, value: ArrayOrTensor) -> ArrayOrTensor:
         """Return every rank's ``value``, stacked in rank order: [size, *value.shape]."""
-        dense = self._take(value, is_written=False).contiguous()
+        dense = as_dense(self._take(value, is_written=False), is_written=False)
         gathered = dense.new_empty(self.size, *dense.shape)
         if dense.numel():
             self._all_gather(as_bytes(gathered).view(self.size, -1), as_bytes(dense))
@@ -145,14 +145,14 @@ class Communicator(ABC):
         check_rows(tensor, self.size)
         reduced = tensor.new_empty(tensor.shape[1:])
         if reduced.numel():
-            self._reduce_scatter(reduced, tensor.contiguous(), op)
+            self._reduce_scatter(reduced, as_dense(tensor, is_written=False), op)
         return _like(value, reduced)
 
     def broadcast(self, value: ArrayOrTensor, src: int = 0) -> ArrayOrTensor:
         """Overwrite ``value`` with that of place ``src``, in place, and return it."""
         tensor = self._take(value)
         check_place("src", src, self.group)
-        dense = tensor.contiguous()
+        dense = as_dense(tensor, is_written=True)
         if dense.numel():
             self._broadcast(as_bytes(dense), src)
             if dense is not tensor:
@@ -174,7 +174,7 @@ class Communicator(ABC):
         size_bytes = row_bytes(tensor)
         if size_bytes:
             sizes = [[rows * size_bytes for rows in counts] for counts in (to_receive, to_send)]
-            self._all_to_all(as_bytes(received), as_bytes(tensor.contiguous()), *sizes)
+            self._all_to_all(as_bytes(received), as_bytes(as_dense(tensor, is_written=False)), *sizes)
         return _like(value, received)
 
     def send(self, value: ArrayOrTensor, dst: int) -> None:
@@ -182,7 +182,7 @@ class Communicator(ABC):
 
         A send may wait until it is received. Ranks that all send at once, as in a ring, take turns or use ``all_to_all``.
         """
-        dense = self._take(value, is_written=False).contiguous()
+        dense = as_dense(self._take(value, is_written=False), is_written=False)
         check_place("dst", dst, self.group, is_other=True)
         if dense.numel():
             self._send(as_bytes(dense), dst)
@@ -191,7 +191,7 @@ class Communicator(ABC):
         """Overwrite ``value`` with what place ``src`` sends, in place, and return it."""
         tensor = self._take(value)
         check_place("src", src, self.group, is_other=True)
-        dense = tensor.contiguous()
+        dense = as_dense(tensor, is_written=True)
         if dense.numel():
             self._receive(as_bytes(dense), src)
             if dense is not tensor:

@@ -85,13 +85,11 @@ def create_nccl_raw(setup: CommunicatorSetup) -> NcclRawCommunicator:
 
     Raises:
         ConfigError: no NCCL library, or one that is too old.
-        StoreTimeoutError: a rank of the group did not come within ``timeout_s``.
+        CoordinatorTimeoutError: a rank of the group did not come within ``timeout_s``.
         TransportError: NCCL found no way between the ranks.
     """
     torch.cuda.set_device(setup.device)
     library = NcclLibrary()
-    unique_id = setup.share_unique_id(library.create_unique_id)
-    setup.store.set(f"here/{setup.group.index}", b"")  # NCCL itself would wait for an absent rank without end
-    setup.store.wait([f"here/{index}" for index in range(setup.group.size)], setup.timeout_s)
+    unique_id = setup.meet(library.create_unique_id() if setup.group.is_first else b"")  # NCCL waits for an absent rank without end
     comm = library.create_comm(unique_id, setup.group.index, setup.group.size)
     return NcclRawCommunicator(setup.group, library, comm, device=setup.device)

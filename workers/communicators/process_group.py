@@ -125,7 +125,12 @@ class NcclCommunicator(ProcessGroupCommunicator):
 
 
 def create_gloo(setup: CommunicatorSetup) -> GlooCommunicator:
-    """Return gloo collectives for CPU tensors, listening on the setup's address only."""
+    """Return gloo collectives for CPU tensors, listening on the setup's address only.
+
+    Raises:
+        CoordinatorTimeoutError: a rank of the group did not come within ``timeout_s``.
+    """
+    setup.meet()  # what gloo raises of an absent rank does not say which
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs lack it
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=setup.address)]
     options._timeout = timedelta(seconds=setup.timeout_s)
@@ -135,7 +140,8 @@ def create_gloo(setup: CommunicatorSetup) -> GlooCommunicator:
 
 
 def create_nccl(setup: CommunicatorSetup) -> NcclCommunicator:
-    """Return NCCL collectives for tensors on the setup's device."""
+    """Return NCCL collectives for tensors on the setup's device; raises what ``create_gloo`` does."""
+    setup.meet()
     torch.cuda.set_device(setup.device)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=setup.timeout_s)

@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ...backends import choose_communicator, vendor_entry_points
 from ...errors import ConfigError
 from ...topology import AxisGroup
@@ -35,11 +37,12 @@ def create_communicator(backend: str, setup: CommunicatorSetup) -> Communicator:
     """Return a communicator of the backend; every rank of the group must call this.
 
     Raises:
-        ConfigError: no such backend, or a vendor's that cannot be loaded.
-        StoreTimeoutError: another rank did not come in time.
+        ConfigError: no such backend, a vendor's that cannot be loaded, or a GPU that is not there; nothing was exchanged.
+        CoordinatorTimeoutError: another rank did not come in time.
     """
     if setup.group.size == 1:
         return SoloCommunicator(setup.group, device=setup.device)
+    _check_device(setup.device)
     communicator = _load_factory(backend)(setup)
     if not isinstance(communicator, Communicator):
         raise ConfigError(f"the factory of communicator {backend!r} returned {communicator!r}, which is no zspmd.Communicator")
@@ -61,12 +64,19 @@ def create_for_launch(coordinator: Coordinator, backend: str, *, device: str | N
     _num_created[facts.launch_id, facts.rank] += 1
     setup = CommunicatorSetup(
         group=AxisGroup("world", tuple(range(facts.world_size)), facts.rank),
-        store=PrefixedStore(coordinator.store, f"communicator/{number}"),
+        store=PrefixedStore(coordinator.store, f"communicator/{number}/{name}"),
         device=place,
         address=LOCAL_ADDRESS if is_one_node else _own_address(),
         timeout_s=coordinator.timeout_s if timeout_s is None else timeout_s,
     )
     return create_communicator(name, setup)
+
+
+def _check_device(device: str) -> None:
+    kind, _, number = device.partition(":")
+    num_devices = torch.cuda.device_count()
+    if kind == "cuda" and int(number) >= num_devices:
+        raise ConfigError(f"this rank is to use {device}, but torch {torch.__version__} sees {num_devices} CUDA devices here; use the cpu")
 
 
 def _load_factory(backend: str) -> Factory:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ...errors import CoordinatorTimeoutError, StoreTimeoutError
 from ...topology import AxisGroup
 from ..store import Store
 
@@ -31,17 +32,22 @@ class CommunicatorSetup:
     address: str
     timeout_s: float
 
-    def share_unique_id(self, make: Callable[[], bytes]) -> bytes:
-        """Return what ``make`` returned on the first rank of the group, the only one that calls it; once for each setup.
+    def meet(self, unique_id: bytes = b"") -> bytes:
+        """Wait until every rank of the group is here, and return what the first one brought; once for each setup.
+
+        Args:
+            unique_id: what the others need to find the first rank's resources; ignored from the others.
 
         Raises:
-            StoreTimeoutError: the first rank has not made it within ``timeout_s``.
+            CoordinatorTimeoutError: ranks that have not come within ``timeout_s``; names them.
         """
-        if not self.group.is_first:
-            return self.store.get("unique_id", self.timeout_s)
-        unique_id = make()
-        self.store.set("unique_id", unique_id)
-        return unique_id
+        keys = [f"here/{rank}" for rank in self.group.ranks]
+        self.store.set(keys[self.group.index], unique_id if self.group.is_first else b"")
+        try:
+            return self.store.get_many(keys, self.timeout_s)[0]
+        except StoreTimeoutError as error:
+            absent = [rank for rank, key in zip(self.group.ranks, keys) if key in error.absent]
+            raise CoordinatorTimeoutError(f"making the communicator of axis {self.group.axis}", absent, self.timeout_s) from None
 
 
 Factory = Callable[[CommunicatorSetup], "Communicator"]

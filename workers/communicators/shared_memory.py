@@ -54,7 +54,8 @@ class SharedMemoryCommunicator(Communicator):
         self._meet()
 
     def _close(self) -> None:
-        """Let go of the memory: it goes with the last rank that maps it."""
+        """Let go of the memory: it goes with the last rank that maps it. Who still waits for this rank is told."""
+        self._region.leave()
         del self._region, self._words, self._views
 
     def _all_reduce(self, tensor: torch.Tensor, op: str) -> None:
@@ -141,7 +142,8 @@ class SharedMemoryCommunicator(Communicator):
         if views is None:
             if len(self._views) >= _MAX_VIEWS:
                 self._views.clear()
-            views = self._views[key] = [slot[: numel * dtype.itemsize].view(dtype) for slot in self._next_bank()]
+            with torch.inference_mode(False):  # views made inside such a block could not be written to outside of it
+                views = self._views[key] = [slot[: numel * dtype.itemsize].view(dtype) for slot in self._next_bank()]
         return views
 
     def _meet(self) -> None:
@@ -159,19 +161,16 @@ def create_shared_memory(setup: CommunicatorSetup) -> SharedMemoryCommunicator:
 
     Raises:
         ConfigError: the ranks are on several machines, or in containers that hide their processes.
-        StoreTimeoutError, PeerLostError: a rank of the group did not come within ``timeout_s``.
+        CoordinatorTimeoutError: a rank of the group did not come within ``timeout_s``.
+        PeerLostError: one ended after it had come.
     """
     group, size_bytes = setup.group, region_bytes(setup.group.size)
     fd = -1
-
-    def make_file() -> bytes:
-        nonlocal fd
-        fd = os.memfd_create("zspmd-collectives", os.MFD_CLOEXEC)
-        os.posix_fallocate(fd, 0, size_bytes)  # so that a lack of memory is an error here, not a SIGBUS later
-        return f"/proc/{os.getpid()}/fd/{fd}".encode()
-
     try:
-        path = setup.share_unique_id(make_file).decode()
+        if group.is_first:
+            fd = os.memfd_create("zspmd-collectives", os.MFD_CLOEXEC)
+            os.posix_fallocate(fd, 0, size_bytes)  # so that a lack of memory is an error here, not a SIGBUS later
+        path = setup.meet(f"/proc/{os.getpid()}/fd/{fd}".encode()).decode()
         if not group.is_first:
             fd = _open_file(path, group)
         communicator = SharedMemoryCommunicator(group, mmap.mmap(fd, size_bytes), timeout_s=setup.timeout_s)

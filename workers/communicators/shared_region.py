@@ -1,6 +1,6 @@
 """The memory that the ranks of one machine share for their collectives: who writes what, and waiting for a word to rise.
 
-    lines    a rank's: u64 seq, pid, start time, and two spare words   | written by that rank
+    lines    a rank's: u64 seq, pid, start time, two spare, has left   | written by that rank
     pairs    of every two ranks: u64 parts sent, parts taken           | written by the sender, by the receiver
     banks    two, each with a slot for each rank                       | a rank's slot is written by that rank
     outboxes two slots for each rank                                   | written by that rank
@@ -23,6 +23,7 @@ from ...topology import AxisGroup
 SLOT_BYTES = 256 << 10
 _LINE_BYTES = 64  # of a processor's cache: ranks that write to different lines do not slow each other
 _LINE_WORDS = _LINE_BYTES // 8
+_HAS_LEFT = 5  # the place of that word in a rank's line
 _PAGE_BYTES = 4096
 _SPINS = 100  # reads before the first yield: a few microseconds
 _YIELDS = 2000  # yields before sleeping: a few milliseconds
@@ -59,6 +60,10 @@ class SharedRegion:
         """Return the place of a word that the rank may write beside its slot of the bank."""
         return self.seq_places[rank] + 3 + bank
 
+    def leave(self) -> None:
+        """Tell who waits for this rank that it will do nothing more."""
+        self.words[self.seq_places[self._group.index] + _HAS_LEFT] = 1
+
     def pair_place(self, sender: int, receiver: int) -> int:
         """Return the place of the number of parts sent; that of those taken is the next."""
         return (self._group.size * (sender + 1) + receiver) * _LINE_WORDS
@@ -70,7 +75,7 @@ class SharedRegion:
             what: the peer is to do, for messages: "entered collective".
 
         Raises:
-            PeerLostError: the peer has ended, noticed within about 0.1 s, or the deadline has passed.
+            PeerLostError: the peer has ended or closed its communicator, noticed within about 0.1 s, or the deadline has passed.
         """
         words = self.words
         for _ in range(_SPINS):
@@ -95,12 +100,13 @@ class SharedRegion:
             time.sleep(_SLEEP_S)
 
     def _check_alive(self, place: int, value: int, peer: int, what: str) -> None:
-        pid = self.words[self.seq_places[peer] + 1]
-        if not pid or is_alive(pid, self.words[self.seq_places[peer] + 2]):
+        line = self.seq_places[peer]
+        pid, has_left = self.words[line + 1], self.words[line + _HAS_LEFT]
+        if not has_left and (not pid or is_alive(pid, self.words[line + 2])):
             return
         if self.words[place] < value:  # else it did what was asked, and ended after that
-            rank = self._group.ranks[peer]
-            raise PeerLostError(f"a peer is gone: rank {rank} (pid {pid}) ended and has not {what} {value} on axis {self._group.axis}")
+            rank, went = self._group.ranks[peer], "closed its communicator" if has_left else "ended"
+            raise PeerLostError(f"a peer is gone: rank {rank} (pid {pid}) {went} and has not {what} {value} on axis {self._group.axis}")
 
 
 def region_bytes(size: int) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from support.distributions import install_distribution
 
-from zspmd.errors import ConfigError, StoreTimeoutError, TopologyError
+from zspmd.errors import ConfigError, CoordinatorTimeoutError, TopologyError
 from zspmd.topology import AxisGroup
 from zspmd.workers.communicators.communicator import Communicator
 from zspmd.workers.communicators.registry import create_communicator
@@ -76,15 +76,37 @@ def test_one_rank_needs_no_backend() -> None:
     assert communicator.cpu is communicator
 
 
-def test_the_unique_id_is_made_once_by_the_first() -> None:
+def test_ranks_that_meet_learn_what_the_first_brought() -> None:
     store = make_store()
-    assert setup_of(0, store).share_unique_id(lambda: b"id of 0") == b"id of 0"
-    assert setup_of(1, store).share_unique_id(lambda: pytest.fail("made by another rank")) == b"id of 0"
+    store.set("here/1", b"")
+    assert setup_of(0, store).meet(b"id of 0") == b"id of 0"
+    assert setup_of(1, store).meet(b"id of 1") == b"id of 0"
 
 
-def test_a_first_rank_that_does_not_come_is_waited_for_no_longer_than_the_timeout() -> None:
-    with pytest.raises(StoreTimeoutError, match=r"no value for unique_id within 0\.05 s"):
-        create_communicator("shm", setup_of(1, make_store(), timeout_s=0.05))
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+@pytest.mark.parametrize(("rank", "absent"), [(0, (1, 2)), (1, (0, 2))], ids=["first", "second"])
+def test_ranks_that_do_not_come_are_named(backend: str, rank: int, absent: tuple[int, ...]) -> None:
+    told = rf"axis tp: ranks {absent[0]}, {absent[1]} have not come within 0\.05 s"
+    with pytest.raises(CoordinatorTimeoutError, match=told) as late:
+        create_communicator(backend, setup_of(rank, make_store(), size=3, timeout_s=0.05))
+    assert late.value.absent == absent
+
+
+@pytest.mark.parametrize("backend", ["nccl", "nccl-raw", "acme"])
+def test_a_gpu_that_is_not_there_is_told_before_ranks_meet(backend: str) -> None:
+    store = make_store()
+    num_devices = torch.cuda.device_count()
+    with pytest.raises(ConfigError, match=f"this rank is to use cuda:{num_devices}, but .* sees {num_devices} CUDA devices here"):
+        create_communicator(backend, setup_of(0, store, device=f"cuda:{num_devices}"))
+    assert not store.check(["here/0"])
+
+
+def test_ranks_that_ask_for_different_backends_do_not_meet() -> None:
+    store = make_store()
+    for rank, backend in enumerate(["gloo", "shm"]):
+        coordinator: Any = OneRank(RankFacts("two minds", rank, 2, rank, 2, "here", "cpu"), store)
+        with pytest.raises(CoordinatorTimeoutError, match=f"axis world: rank {1 - rank} has not come"):
+            Communicator.create(coordinator, backend, timeout_s=0.05)
 
 
 def test_create_makes_a_communicator_over_the_launch() -> None:

@@ -58,6 +58,28 @@ def test_a_rank_that_does_not_receive_is_named_once_the_outbox_is_full() -> None
             communicator.send(torch.ones(3), 1)
 
 
+def test_a_rank_that_closed_its_communicator_is_named_at_once() -> None:
+    fd = os.memfd_create(NAME)
+    os.ftruncate(fd, region_bytes(2))
+    memories = [mmap.mmap(fd, region_bytes(2)) for _ in range(2)]
+    os.close(fd)
+    first, second = (SharedMemoryCommunicator(AxisGroup("tp", (4, 7), place), memories[place], timeout_s=60.0) for place in range(2))
+    second.send(torch.ones(3), 0)
+    second.close()
+    assert first.receive(torch.zeros(3), 1).tolist() == [1.0] * 3, "what it sent before is there"
+    with first, pytest.raises(PeerLostError, match=r"rank 7 \(pid \d+\) closed its communicator and has not entered collective 1 on axis"):
+        first.barrier()
+
+
+def test_sizes_that_were_first_summed_in_inference_mode_are_summed_outside_too() -> None:
+    with first_of_two(timeout_s=60.0) as communicator:
+        communicator._meet = lambda: None  # type: ignore[method-assign]  # the other rank's share stays zero
+        with torch.inference_mode():
+            communicator.all_reduce(torch.ones(3))
+        value = torch.ones(3, requires_grad=True)
+        assert communicator.all_reduce(value).tolist() == [1.0] * 3
+
+
 def test_one_that_was_made_in_inference_mode_serves_outside_too() -> None:
     with torch.inference_mode(), first_of_two(timeout_s=0.05) as communicator, torch.inference_mode(False):
         communicator.send(torch.ones(3), 1)
