@@ -1,6 +1,6 @@
 """Kills random workers under an engine that serves, says what it does, and compares what came with an undisturbed run.
 
-Exit code 0 if every request finished with the same tokens, text and reason, and no stream ever shrank; else 1.
+Exit code 0 if every request finished with the same tokens, text and reason, and no stream ever shrank; 130 after Ctrl-C; else 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 import zspmd
 
 MAX_TOKENS = 480  # the demo model has 512 positions
+MAX_KILLS = 999  # each costs a restart, of which a policy allows 1,000
+MAX_S = 86_400.0
 PROMPTS = ("zspmd is", "123+456=", "A worker", "The driver", "Every rank", "A step", "640+360=", "7+85=")
 WAYS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
@@ -107,21 +109,33 @@ def worker_pids(engine: zspmd.Engine) -> dict[int, int]:
 async def run(clock: Clock, arguments: argparse.Namespace, *, with_kills: bool) -> list[Stream]:
     streams = [Stream() for _ in range(arguments.num_requests)]
     async with build_engine(clock, arguments) as engine:
-        serving = asyncio.create_task(serve(engine, streams))
+        tasks = [asyncio.create_task(serve(engine, streams))]
         if with_kills:
-            killing = asyncio.create_task(kill_workers(engine, clock, arguments, streams))
-            await asyncio.wait([serving, killing], return_when=asyncio.FIRST_COMPLETED)
-            if not killing.done():
-                clock.say("all requests have ended before the last kill; raise --num-requests")
-                killing.cancel()
-            await asyncio.wait([killing])
+            tasks.append(asyncio.create_task(kill_workers(engine, clock, arguments, streams)))
         try:
-            await serving
-        except zspmd.ZspmdError as error:
-            clock.say(f"a stream raised {type(error).__name__}: {error}")
+            await wait_all(clock, *tasks)
+        finally:  # also after Ctrl-C: the engine ends its streams when it is closed, and they would be told of that
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
         statistics = engine.statistics()
         clock.say(f"all have ended: {statistics.num_generated_tokens:,} tokens, {statistics.num_restarts} restarts")
     return streams
+
+
+async def wait_all(clock: Clock, serving: asyncio.Task[None], killing: asyncio.Task[None] | None = None) -> None:
+    """Wait for every stream and, while there are some, for every kill."""
+    if killing is not None:
+        await asyncio.wait([serving, killing], return_when=asyncio.FIRST_COMPLETED)
+        if killing.done():
+            await killing
+        else:
+            clock.say("all requests have ended before the last kill; raise --num-requests")
+            killing.cancel()
+    try:
+        await serving
+    except zspmd.ZspmdError as error:
+        clock.say(f"a stream raised {type(error).__name__}: {error}")
 
 
 @dataclass
@@ -169,13 +183,36 @@ async def main(arguments: argparse.Namespace) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-requests", type=int, default=64, metavar="N", help="requests of 480 tokens each (64)")
-    parser.add_argument("--max-num-seqs", type=int, default=8, metavar="N", help="requests that run at once (8)")
-    parser.add_argument("--period-s", type=float, default=3.0, metavar="S", help="seconds between kills (3)")
-    parser.add_argument("--duration-s", type=float, default=30.0, metavar="S", help="seconds of kills (30)")
+    parser.add_argument("--num-requests", type=count, default=64, metavar="N", help="requests of 480 tokens each (64)")
+    parser.add_argument("--max-num-seqs", type=count, default=8, metavar="N", help="requests that run at once (8)")
+    parser.add_argument("--period-s", type=seconds, default=3.0, metavar="S", help="seconds between kills (3)")
+    parser.add_argument("--duration-s", type=seconds, default=30.0, metavar="S", help="seconds of kills (30)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of victims (0)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.duration_s / arguments.period_s > MAX_KILLS:
+        parser.error(
+            f"a kill every {arguments.period_s:g} s for {arguments.duration_s:g} s is more than {MAX_KILLS}, the most that are outlived"
+        )
+    return arguments
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= MAX_S:
+        raise argparse.ArgumentTypeError(f"{number:g} is not above 0 and at most {MAX_S:g}")
+    return number
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(parse_arguments())))
+    try:
+        sys.exit(asyncio.run(main(parse_arguments())))
+    except KeyboardInterrupt:
+        print("interrupted")
+        sys.exit(128 + signal.SIGINT)

@@ -318,10 +318,10 @@ class Engine:
         self._in_flight.clear()
         while True:
             ruling = self._recovery.faulted(error, steps, is_from_inside=is_inside, now=time.monotonic())
-            num_requests = sum(not stream.is_finished for stream in self._streams.values())
-            self._say(ruling.describe(error, self._recovery.budget.policy, num_requests=num_requests))
             if ruling.poison is not None:
                 self._fail_request(ruling.poison, error)
+            num_requests = sum(not stream.is_finished for stream in self._streams.values())
+            self._say(ruling.describe(error, self._recovery.budget.policy, num_requests=num_requests))
             if not ruling.may_restart:
                 raise error
             try:
@@ -336,9 +336,9 @@ class Engine:
         error = RequestError(f"request {request_id} ended its workers twice while it ran alone: {fault}", request_id=request_id)
         error.__cause__ = fault
         stream = self._streams[request_id]
+        stream.fail(error)
         for completion in stream.completions:
             self._scheduler.abort(completion.sequence.sequence_id)
-        stream.fail(error)
 
     def _fail(self, error: Exception) -> None:
         if self._fault is None:

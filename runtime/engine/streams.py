@@ -62,9 +62,10 @@ class RequestStream:
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """Have the consumer raise ``error``."""
-        self._error = error
-        self._changed.set()
+        """Have the consumer raise ``error``, if it has neither all there is to come nor an error already."""
+        if self._error is None and not self.is_finished:
+            self._error = error
+            self._changed.set()
 
     async def next_output(self) -> RequestOutput:
         """Wait for a change and return the state; raises what ``fail`` was given."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ...config import DTYPES, EngineConfig, RestartPolicy, SamplingParams
-from ...errors import ConfigError, RequestError
+from ...errors import ConfigError, RequestError, ZspmdError
 from ..engine.checkpoint import open_checkpoint
 from ..engine.engine import Engine
 from ..engine.outputs import RequestOutput
@@ -66,7 +66,10 @@ def run(arguments: argparse.Namespace, options: LaunchOptions) -> Coroutine[Any,
 
 
 async def _complete(prompts: list[str], arguments: argparse.Namespace, options: LaunchOptions) -> int:
-    """Complete all prompts at once and print them in order, the first unfinished one as it grows."""
+    """Complete all prompts at once and print them in order, the first unfinished one as it grows.
+
+    A prompt that ends its workers whenever it runs is named on stderr, and the others are completed; the exit code is then 1.
+    """
     params = _sampling_params(arguments)
     started = time.monotonic()
     with RankConsole(options.parallel.world_size, is_quiet=options.is_quiet) as console:
@@ -89,17 +92,29 @@ async def _complete(prompts: list[str], arguments: argparse.Namespace, options: 
             started = time.monotonic()
             completions = [_Completion(engine, prompt, params, is_chat=arguments.chat) for prompt in prompts]
             try:
-                num_tokens = 0
+                num_tokens = num_failed = 0
                 for completion in completions:
-                    output = await (completion.finished() if arguments.json else completion.print_as_it_grows(sys.stdout.write))
-                    num_tokens += len(output.token_ids)
-                    if arguments.json:
-                        print(json.dumps(_as_json(completion.prompt, output), ensure_ascii=False), flush=True)
+                    try:
+                        num_tokens += await _print(completion, as_json=arguments.json)
+                    except RequestError as error:
+                        if not isinstance(error.__cause__, ZspmdError):  # the prompt is wrong, which ends its program
+                            raise
+                        num_failed += 1
+                        print(f"zspmd-run: {error}; its prompt was {completion.prompt!r}", file=sys.stderr)
             finally:
                 await _cancel([completion.task for completion in completions])
             elapsed_s = time.monotonic() - started
             console.say(f"done: {num_tokens} tokens in {elapsed_s:.2f} s")
-    return 0
+    return 1 if num_failed else 0
+
+
+async def _print(completion: _Completion, *, as_json: bool) -> int:
+    """Print a completion and return its number of tokens."""
+    if not as_json:
+        return len((await completion.print_as_it_grows(sys.stdout.write)).token_ids)
+    output = await completion.finished()
+    print(json.dumps(_as_json(completion.prompt, output), ensure_ascii=False), flush=True)
+    return len(output.token_ids)
 
 
 class _Completion:
@@ -131,9 +146,9 @@ class _Completion:
                 sys.stdout.flush()
                 shown = line
             if self.task.done():
-                output = await self.finished()
-                write("\n")
-                return output
+                if shown:
+                    write("\n")
+                return await self.finished()
 
     async def _follow(self, engine: Engine, prompt: Any, params: SamplingParams) -> None:
         async for output in engine.generate(prompt, params):

@@ -79,6 +79,23 @@ async def test_a_failure_goes_before_what_has_come(byte_level: Tokenizer) -> Non
     assert caught.value is error
 
 
+async def test_a_failure_takes_nothing_from_a_request_that_has_ended() -> None:
+    stream = build()
+    give(stream, [5, 6], "length")
+    stream.fail(WorkerExitedError(exit_code=7, rank=1))
+    output = await stream.next_output()
+    assert (output.token_ids, output.finished) == ([5, 6], True)
+
+
+async def test_the_first_failure_is_the_one_that_counts() -> None:
+    stream, error = build(), RequestError("it ended its workers", request_id="r")
+    stream.fail(error)
+    stream.fail(WorkerExitedError(exit_code=7, rank=1))
+    with pytest.raises(RequestError) as caught:
+        await stream.next_output()
+    assert caught.value is error
+
+
 async def test_one_error_for_many_consumers_does_not_pile_up_tracebacks() -> None:
     error = WorkerExitedError(exit_code=7, rank=1)
     lengths = []
