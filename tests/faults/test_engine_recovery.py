@@ -174,7 +174,7 @@ async def test_a_rank_that_is_stopped_is_replaced(leak_check: LeakCheck) -> None
         os.kill(pid_of(engine, 1), signal.SIGSTOP)
         assert len((await stream).token_ids) == SHORT.max_tokens
     assert len(lines) == 1
-    assert "within 2 s; not done with it are" in lines[0]
+    assert "within 4 s; not done with it are" in lines[0]
     assert "tried" not in lines[0], "it may have been stopped from outside"
 
 
