@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from support.coordinator_ranks import LAUNCH_ID, CoordinatorRanks
 from support.groups import DEADLINES
 from support.leaks import LeakCheck
+from support.torch_exits import run_to_its_end
 
 import zspmd
 
@@ -229,7 +229,7 @@ def test_under_torchrun_beside_the_default_group(leak_check: LeakCheck, tmp_path
     program = tmp_path / "program.py"
     program.write_text(TORCHRUN_PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--tee=1", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
+    done = run_to_its_end(command, timeout=60, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
     assert done.returncode == 0, done.stderr
     lines = sorted(line.partition("]:")[2].split(maxsplit=1) for line in done.stdout.splitlines() if "]:" in line)
     (first, second) = lines

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.leaks import LeakCheck
+from support.torch_exits import run_to_its_end
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 ZSPMD_RUN = [sys.executable, "-m", "zspmd.runtime.launch.cli"]
@@ -50,7 +50,7 @@ def run(command: list[str], *arguments: str | Path) -> list[str]:
     """Return the lines that a command prints on stdout, without the rank that ``zspmd-run`` puts in front."""
     with LeakCheck() as leaks:
         whole = [*command, *map(str, arguments)]
-        done = subprocess.run(whole, capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = run_to_its_end(whole, timeout=TIMEOUT_S, env=os.environ | {"OMP_NUM_THREADS": "1"})
         leaks.check()
     assert done.returncode == 0, done.stderr
     return [re.sub(r"^\[rank \d+\] ", "", line) for line in done.stdout.splitlines()]

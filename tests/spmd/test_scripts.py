@@ -15,6 +15,7 @@ import pytest
 from support.leaks import LeakCheck
 from support.polling import block_until
 from support.script_runs import RUN, SCRIPTS, begin, run, script
+from support.torch_exits import run_to_its_end
 
 from zspmd.runtime.launch.ports import FIRST_PORT, LAST_PORT, first_candidate
 
@@ -76,7 +77,7 @@ def test_init_process_group_meets_over_the_held_port_in_two_launches_at_once(lea
 def test_a_training_gives_the_losses_that_it_gives_under_torchrun(leak_check: LeakCheck) -> None:
     ours = run("--standalone", "--nproc_per_node=2", "--no-prefix", script("ddp"))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script("ddp")]
-    theirs = subprocess.run(torchrun, capture_output=True, text=True, timeout=60, check=False)
+    theirs = run_to_its_end(torchrun, timeout=60)
     losses = [float.fromhex(line) for line in ours.stdout.splitlines()]
     assert (ours.returncode, theirs.returncode) == (0, 0), ours.stderr + theirs.stderr
     assert losses == [float.fromhex(line) for line in theirs.stdout.splitlines()]

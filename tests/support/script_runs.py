@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.torch_exits import run_to_its_end
+
 RUN = (sys.executable, "-m", "zspmd.runtime.launch.cli")
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -17,7 +19,7 @@ def script(name: str) -> str:
 
 def run(*arguments: str, timeout_s: float = 60.0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``zspmd-run`` to its end."""
-    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False, cwd=cwd)
+    return run_to_its_end([*RUN, *arguments], timeout=timeout_s, cwd=cwd)
 
 
 def begin(*arguments: str, num_ready: int = 0) -> subprocess.Popen[str]:
