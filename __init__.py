@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 # name -> module that defines it, relative to this package
 _HOMES = {
+    "AnswerLostError": ".errors",
     "BackpressureError": ".errors",
     "BadFrameError": ".errors",
     "CheckpointError": ".errors",
@@ -26,6 +27,7 @@ _HOMES = {
     "EngineConfig": ".config",
     "GroupEvent": ".runtime.driver.events",
     "HostfileError": ".errors",
+    "InsecureEndpointError": ".errors",
     "InternalError": ".errors",
     "LaunchError": ".errors",
     "ParallelConfig": ".config",
@@ -38,6 +40,7 @@ _HOMES = {
     "RequestOutput": ".runtime.engine.outputs",
     "SamplingParams": ".config",
     "RestartPolicy": ".config",
+    "ResourceError": ".errors",
     "ResultTakenError": ".errors",
     "StepGapError": ".errors",
     "StoreTimeoutError": ".errors",
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from .config import ParallelConfig as ParallelConfig
     from .config import RestartPolicy as RestartPolicy
     from .config import SamplingParams as SamplingParams
+    from .errors import AnswerLostError as AnswerLostError
     from .errors import BackpressureError as BackpressureError
     from .errors import BadFrameError as BadFrameError
     from .errors import CheckpointError as CheckpointError
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
     from .errors import CoordinatorTimeoutError as CoordinatorTimeoutError
     from .errors import EndpointInUseError as EndpointInUseError
     from .errors import HostfileError as HostfileError
+    from .errors import InsecureEndpointError as InsecureEndpointError
     from .errors import InternalError as InternalError
     from .errors import LaunchError as LaunchError
     from .errors import PeerLostError as PeerLostError
@@ -78,6 +83,7 @@ if TYPE_CHECKING:
     from .errors import RecordingError as RecordingError
     from .errors import ReplayDivergedError as ReplayDivergedError
     from .errors import RequestError as RequestError
+    from .errors import ResourceError as ResourceError
     from .errors import ResultTakenError as ResultTakenError
     from .errors import StepGapError as StepGapError
     from .errors import StoreTimeoutError as StoreTimeoutError

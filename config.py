@@ -219,10 +219,6 @@ def _check_whole(name: str, value: object, low: int, high: int, advice: str) -> 
 
 def _check_number(name: str, value: object, low: float, high: float, advice: str, *, above: bool = False) -> None:
     """``above`` excludes ``low`` itself. Comparisons are written so that NaN fails them."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if good:
-        assert isinstance(value, (int, float))
-        good = (value > low if above else value >= low) and value <= high
-    if not good:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (low < value <= high if above else low <= value <= high):
         bound = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
         raise ConfigError(f"{name} is {value!r}; it must be a number {bound}: {advice}")

@@ -5,16 +5,19 @@
         TopologyError               sizes that do not fit each other
         HostfileError               a line of a hostfile
         CheckpointError             a model directory: a file, a tensor, a field of config.json
+        InsecureEndpointError       an address or key that would let others in
         RecordingError              a recording that cannot be read, or is not one
       LaunchError                   the group never became ready
         EndpointInUseError          the launch id or a port is held by somebody else
         ReadyTimeoutError           some ranks did not answer in time
+        ResourceError               the system has too little of something: file descriptors, memory, disk
       TransportError
         ClosedError                 this side has closed
         PeerLostError               the other side is gone
         BackpressureError           no room in the window within the deadline; nothing was sent
         StoreTimeoutError           keys of the coordinator's store did not appear in time; also a TimeoutError
         CoordinatorTimeoutError     ranks did not come to an operation of the coordinator in time; also a TimeoutError
+        AnswerLostError             a rank has answered, and the answer never came
         ProtocolError               bytes that break the protocol
           WireVersionError          another version of zspmd is at the other end
           BadFrameError             a malformed frame: says which field
@@ -34,7 +37,7 @@ Messages carry the value, the limit and the next action. The first fault is rais
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class ZspmdError(Exception):
@@ -71,6 +74,10 @@ class CheckpointError(ConfigError):
         self.found = found
 
 
+class InsecureEndpointError(ConfigError):
+    """An address that more than the launch's own ranks could reach unasked, or a TCP endpoint without a key; nothing was bound."""
+
+
 class RecordingError(ConfigError):
     """A recording cannot be read: no such file, another kind or version, or damaged; the message has the path and the offset."""
 
@@ -89,6 +96,10 @@ class ReadyTimeoutError(LaunchError):
     def __init__(self, message: str, *, missing: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+
+
+class ResourceError(LaunchError):
+    """The system has too little of something that a launch needs; the message names what, how much there is and how much is needed."""
 
 
 class TransportError(ZspmdError):
@@ -127,6 +138,15 @@ class CoordinatorTimeoutError(TransportError, TimeoutError):
         self.absent = tuple(absent)
 
 
+class AnswerLostError(TransportError):
+    """Rank ``rank`` has answered frame ``seq``, and the answer never came."""
+
+    def __init__(self, message: str, *, rank: int, seq: int) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.rank = rank
+        self.seq = seq
+
+
 class ProtocolError(TransportError):
     """Bytes that break the protocol."""
 
@@ -155,7 +175,7 @@ class WorkerError(ZspmdError):
 
     Attributes:
         rank, host, pid: which process.
-        step_id: the last step that the rank had started, or None before the first.
+        step_id: the step that the rank was at: the first that it had not done, or the last if it had done all; None before the first.
         log_tail: the last lines that it printed.
         consequences: what followed on other ranks, one line each.
     """
@@ -212,11 +232,19 @@ class WorkerExitedError(WorkerError):
 
 
 class WorkerStalledError(WorkerError):
-    """The rank had not done a step, call or STOP within the deadline; ``missing`` lists every rank that had not."""
+    """The rank had not done a step, call or STOP within the deadline; ``missing`` lists every rank that had not.
 
-    def __init__(self, message: str, *, missing: Sequence[int] = (), **facts: object) -> None:
+    ``stacks`` has, by rank, what each process was doing then: the kernel's word and the Python stacks of its threads.
+    """
+
+    def __init__(self, message: str, *, missing: Sequence[int] = (), stacks: Mapping[int, str] | None = None, **facts: object) -> None:
         super().__init__(message, **facts)  # type: ignore[arg-type]  # as above
         self.missing = tuple(missing)
+        self.stacks = dict(stacks or {})
+
+    def __str__(self) -> str:
+        stacks = (f"\n  rank {rank} was at:\n{_indent(text)}" for rank, text in sorted(self.stacks.items()))
+        return super().__str__() + "".join(stacks)
 
 
 class ResultTakenError(ZspmdError, RuntimeError):

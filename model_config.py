@@ -12,7 +12,8 @@ The four families are one model whose variants are fields:
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,11 @@ LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2F
 ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3)
 CONFIG_DTYPES = ("float32", "float16", "bfloat16")
 STORED_DTYPES = ("F32", "F16", "BF16")
+_MAX_LAYERS, _MAX_HEADS = 10_000, 1 << 16  # what follows from them is listed before a tensor is looked at
+_shortener = reprlib.Repr()
+_shortener.maxlist = _shortener.maxdict = 8
+_shortener.maxlevel = 2
+_shortener.maxstring = 100
 
 
 @dataclass(frozen=True)
@@ -81,29 +87,34 @@ class _Fields:
             raise CheckpointError(f"{self.where} has no {name}; the model cannot be built without it")
         return value
 
-    def whole(self, name: str, default: int | None = None) -> int:
+    def whole(self, name: str, default: int | None = None, *, high: int = (1 << 31) - 1) -> int:
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a whole number from 1 to {(1 << 31) - 1}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be a whole number from 1 to {high}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be a finite number above 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be a finite number above 0")
         return float(value)
 
     def flag(self, name: str) -> bool:
         value = self.get(name, False)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be true or false")
+            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be true or false")
         return value
 
     def object(self, name: str) -> _Fields:
         value = self.get(name, {})
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}; it must be an object")
+            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be an object")
         return _Fields(value, f"{self.where}: {name}")
+
+
+def _shown(value: object) -> str:
+    """Return the beginning of what a file says, for an error, however large or deep it is."""
+    return _shortener.repr(value)
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -124,8 +135,8 @@ def read_model_config(directory: Path) -> ModelConfig:
     both_biases = architecture in (LLAMA, QWEN3) and fields.flag("attention_bias")
     dtype = fields.get("dtype", fields.get("torch_dtype", "float32"))
     if dtype not in CONFIG_DTYPES:
-        raise CheckpointError(f"{path}: dtype is {dtype!r}; supported are {', '.join(CONFIG_DTYPES)}")
-    num_layers = fields.whole("num_hidden_layers")
+        raise CheckpointError(f"{path}: dtype is {_shown(dtype)}; supported are {', '.join(CONFIG_DTYPES)}")
+    num_layers = fields.whole("num_hidden_layers", high=_MAX_LAYERS)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.whole("vocab_size"),
@@ -155,7 +166,7 @@ def _read_architecture(fields: _Fields) -> str:
     for name in names if isinstance(names, list) else ():
         if name in ARCHITECTURES:
             return str(name)
-    raise CheckpointError(f"{fields.where}: architectures is {names!r}; supported are {', '.join(ARCHITECTURES)}")
+    raise CheckpointError(f"{fields.where}: architectures is {_shown(names)}; supported are {', '.join(ARCHITECTURES)}")
 
 
 def _refuse_unsupported(fields: _Fields) -> None:
@@ -163,13 +174,13 @@ def _refuse_unsupported(fields: _Fields) -> None:
         raise CheckpointError(f"{fields.where} has a quantization_config; quantized weights are not supported, use a float checkpoint")
     activation = fields.get("hidden_act", "silu")
     if activation != "silu":
-        raise CheckpointError(f"{fields.where}: hidden_act is {activation!r}; only 'silu' is supported")
+        raise CheckpointError(f"{fields.where}: hidden_act is {_shown(activation)}; only 'silu' is supported")
 
 
 def _read_heads(fields: _Fields, architecture: str) -> tuple[int, int, int]:
-    num_heads = fields.whole("num_attention_heads")
+    num_heads = fields.whole("num_attention_heads", high=_MAX_HEADS)
     # Only Llama's own default is "as many as heads"; the other families always write the field.
-    num_kv_heads = fields.whole("num_key_value_heads", num_heads if architecture == LLAMA else None)
+    num_kv_heads = fields.whole("num_key_value_heads", num_heads if architecture == LLAMA else None, high=_MAX_HEADS)
     if num_heads % num_kv_heads:
         raise CheckpointError(f"{fields.where}: num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}")
     head_dim = fields.whole("head_dim", 128 if architecture == QWEN3 else fields.whole("hidden_size") // num_heads)
@@ -195,7 +206,7 @@ def _read_rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         if not low < high:
             raise CheckpointError(f"{rope.where}: low_freq_factor {low} must be below high_freq_factor {high}")
         return theta, RopeScaling("llama3", rope.number("factor"), low, high, rope.whole("original_max_position_embeddings"))
-    raise CheckpointError(f"{rope.where}: rope_type is {kind!r}; supported are default, linear, llama3")
+    raise CheckpointError(f"{rope.where}: rope_type is {_shown(kind)}; supported are default, linear, llama3")
 
 
 def _read_sliding_window(fields: _Fields, architecture: str, num_layers: int) -> int | None:
@@ -214,7 +225,7 @@ def _read_sliding_window(fields: _Fields, architecture: str, num_layers: int) ->
         return None
     if kinds == ["sliding_attention"] * num_layers:
         return fields.whole("sliding_window")
-    raise CheckpointError(f"{fields.where}: layer_types mix full and sliding attention ({kinds}); all layers must be of one kind")
+    raise CheckpointError(f"{fields.where}: layer_types mix full and sliding attention ({_shown(kinds)}); all layers must be of one kind")
 
 
 def _read_eos(directory: Path, fields: _Fields) -> tuple[int, ...]:
@@ -226,8 +237,8 @@ def _read_eos(directory: Path, fields: _Fields) -> tuple[int, ...]:
     for source in sources:
         value = source.get("eos_token_id", [])
         for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise CheckpointError(f"{source.where}: eos_token_id is {value!r}; it must be a token id or a list of them")
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 1 << 31:
+                raise CheckpointError(f"{source.where}: eos_token_id is {_shown(value)}; it must be a token id or a list of them")
             found[token] = None
     return tuple(found)
 

@@ -10,16 +10,24 @@ and exec, where one lock held by another thread is a deadlock.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
+import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 BOOTSTRAP_FD = "ZSPMD_BOOTSTRAP_FD"
+STACKS_FD = "ZSPMD_STACKS_FD"
+# Has a rank write its stacks for the agent. A real-time one, which no library uses by default; people have SIGUSR1.
+STACKS_SIGNAL = signal.SIGRTMIN + 11
+STACKS_READY = b"ready\n"
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
+_SWEEP_PERIOD_S = 0.005
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -63,6 +71,32 @@ def has_children() -> bool:
     return True
 
 
+def end_children(timeout_s: float) -> set[int]:
+    """Kill and reap every child, own or adopted, until there is none; return the pids of those that had not ended in time.
+
+    A subreaper has the children of what it kills as its own, so that a whole tree ends, whatever sessions it has moved to.
+    """
+    deadline = time.monotonic() + timeout_s
+    while has_children() and time.monotonic() < deadline:
+        for pid in child_pids():
+            end_child(pid)
+        time.sleep(_SWEEP_PERIOD_S)
+    return child_pids() if has_children() else set()
+
+
+def end_child(pid: int) -> None:
+    """Kill a child and reap it if it has ended by now; one that runs as another user (``sudo``) cannot be killed and stays."""
+    with contextlib.suppress(PermissionError):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, os.WNOHANG)
+
+
+def name_process(name: str) -> None:
+    """Set what top and ``ps -e`` show of this process, at most 15 bytes; it would go by its parent's name else."""
+    with open("/proc/self/comm", "w") as file:
+        file.write(name)
+
+
 def take_bootstrap() -> bytes:
     """Return the secret bytes that the launcher handed to this rank, once; empty where it handed over none.
 
@@ -74,6 +108,21 @@ def take_bootstrap() -> bytes:
         return b""
     with open(int(number), "rb") as bootstrap:
         return bootstrap.read()
+
+
+def offer_stacks() -> None:
+    """Have this process's Python stacks written for its agent whenever the agent asks, also while a C call holds the GIL.
+
+    They go to a file in memory that the agent shares; its descriptor's number is in ``ZSPMD_STACKS_FD``, which is gone
+    afterwards. A process that no agent started has no such variable and offers nothing.
+    """
+    number = os.environ.pop(STACKS_FD, None)
+    if number is None:
+        return
+    fd = int(number)
+    os.set_inheritable(fd, False)
+    faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True, chain=False)
+    os.write(fd, STACKS_READY)
 
 
 def reset_signals() -> None:

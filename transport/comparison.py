@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import BadFrameError
 from .codec import BFLOAT16, AnyArray, as_array, bfloat16_to_float32, decode_value
 from .frames import Buffer, ResultKind, StepKind
-from .recorded_launch import Recording
+from .recorded_launch import Recording, read_call, read_value
 from .recording import Entry
 from .records import Failure, unpack_record
 
@@ -112,12 +113,12 @@ def compare_answers(recorded: Entry, kind: ResultKind, body: Buffer, buffers: Se
     if recorded.code != kind:
         return f"recorded {_describe(recorded.code, recorded.body)}, replayed {_describe(kind, body)}"
     if kind in (ResultKind.CALL_ERROR, ResultKind.ERROR):
-        ours, theirs = _failure(recorded.body), _failure(body)
+        ours, theirs = _read_failure(recorded.body), _read_failure(body)
         is_same = (ours.exception_type, ours.message) == (theirs.exception_type, theirs.message)
         return None if is_same else f"recorded {_describe(kind, recorded.body)}, replayed {_describe(kind, body)}"
     if bytes(recorded.body) == bytes(body) and len(recorded.buffers) == len(buffers) and all(map(_is_same, recorded.buffers, buffers)):
         return None
-    return first_difference(decode_value(recorded.body, recorded.buffers), decode_value(body, buffers))
+    return first_difference(read_value(recorded), decode_value(body, buffers))
 
 
 def first_difference(recorded: Any, replayed: Any, path: str = "answer") -> str | None:
@@ -213,19 +214,20 @@ def _is_same(one: Buffer, other: Buffer) -> bool:
 def _describe(kind: int, body: Buffer) -> str:
     if kind not in (ResultKind.CALL_ERROR, ResultKind.ERROR):
         return "an answer"
-    failure = _failure(body)
+    failure = _read_failure(body)
     return f"{failure.exception_type}: {_shown(failure.message)}"
 
 
-def _failure(body: Buffer) -> Failure:
+def _read_failure(body: Buffer) -> Failure:
     record = unpack_record(body)
-    assert isinstance(record, Failure)
+    if not isinstance(record, Failure):
+        raise BadFrameError(f"the body of an error is a {type(record).__name__}, not a Failure")
     return record
 
 
 def _method(frame: Entry) -> str | None:
     """Return the method that a frame calls; None for a step."""
-    return str(decode_value(frame.body, frame.buffers)[0]) if frame.code == StepKind.CALL else None
+    return read_call(frame)[0] if frame.code == StepKind.CALL else None
 
 
 def frame_label(recording: Recording, seq: int) -> str:

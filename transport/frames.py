@@ -22,11 +22,12 @@ from ..errors import BadFrameError, WireVersionError
 if TYPE_CHECKING:
     import zmq
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 STEP_MAGIC = b"SZ"
 RESULT_MAGIC = b"RZ"
 STEP_TOPIC = b"S"
-RANK_TOPIC = struct.Struct(">cH")  # b"R" and the rank, of fixed width since topics match by prefix
+RANK_TOPIC = struct.Struct(">cH")  # its letter and the rank, of fixed width since topics match by prefix
+RANK_LETTER = b"T"  # after "S": libzmq announces subscriptions in alphabetical order, and the common one is to come first
 STEP_HEADER = struct.Struct("<2sBBIQ")
 RESULT_HEADER = struct.Struct("<2sBBIQHHIQ")
 MAX_BUFFERS = 1024
@@ -84,7 +85,7 @@ class ResultFrame(NamedTuple):
 
 def rank_topic(rank: int) -> bytes:
     """Return the topic that only this rank subscribes to."""
-    return RANK_TOPIC.pack(b"R", rank)
+    return RANK_TOPIC.pack(RANK_LETTER, rank)
 
 
 def pack_step_header(kind: StepKind, epoch: int, seq: int) -> bytes:
@@ -113,7 +114,7 @@ def _parse_step(view: memoryview, frames: Sequence[zmq.Frame | bytes]) -> StepFr
     magic, version, kind, epoch, seq = STEP_HEADER.unpack_from(view)
     if magic != STEP_MAGIC:
         topic = RANK_TOPIC.size
-        if magic[:1] == b"R" and bytes(view[topic : topic + 2]) == STEP_MAGIC:  # sent again: the rank's topic stands in front
+        if magic[:1] == RANK_LETTER and bytes(view[topic : topic + 2]) == STEP_MAGIC:  # sent again: the rank's topic stands in front
             return _parse_step(view[topic:], frames)
         raise _bad_magic(magic, STEP_MAGIC)
     if version != WIRE_VERSION:
@@ -143,14 +144,14 @@ def parse_result(frames: Sequence[zmq.Frame | bytes]) -> ResultFrame:
 def _first(frames: Sequence[zmq.Frame | bytes]) -> memoryview:
     if not 1 <= len(frames) <= 1 + MAX_BUFFERS:
         raise BadFrameError(f"a message has {len(frames)} frames; the limit is one and {MAX_BUFFERS} tensor buffers")
-    return _view(frames[0])
+    return frame_view(frames[0])
 
 
 def _rest(frames: Sequence[zmq.Frame | bytes]) -> Sequence[Buffer]:
-    return () if len(frames) == 1 else [_view(frame) for frame in frames[1:]]
+    return () if len(frames) == 1 else [frame_view(frame) for frame in frames[1:]]
 
 
-def _view(frame: zmq.Frame | bytes) -> memoryview:
+def frame_view(frame: zmq.Frame | bytes) -> memoryview:
     return memoryview(frame) if isinstance(frame, bytes) else frame.buffer
 
 

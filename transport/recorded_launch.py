@@ -10,6 +10,7 @@ from .. import __version__
 from ..config import Deadlines, ParallelConfig
 from ..errors import BadFrameError, ConfigError, RecordingError
 from .codec import decode_value
+from .frames import StepKind
 from .recording import Entry, EntryFile, EntryKind
 from .records import MAX_RANK, MAX_RECORD_BYTES, MAX_SEQ
 from .schema import Record, many, number, read_record, text, whole
@@ -96,6 +97,24 @@ def read_recorded(entry: Entry) -> RecordingRecord:
         raise RecordingError(f"the record at offset {entry.offset} cannot be read: {error}") from error
 
 
+def read_value(entry: Entry) -> Any:
+    """Return the value that an entry holds; raises RecordingError."""
+    try:
+        return decode_value(entry.body, entry.buffers)
+    except BadFrameError as error:
+        raise RecordingError(f"the value at offset {entry.offset} cannot be read: {error}") from error
+
+
+def read_call(entry: Entry) -> tuple[str, list[Any], dict[str, Any], list[int]]:
+    """Return method, args, kwargs and ranks of a recorded call; raises RecordingError."""
+    value = read_value(entry)
+    wanted = (str, list, dict, list)
+    if not isinstance(value, list) or len(value) != len(wanted) or any(type(v) is not w for v, w in zip(value, wanted)):
+        raise RecordingError(f"the call at offset {entry.offset} is not [method, args, kwargs, ranks]; record again, or restore the file")
+    method, args, kwargs, ranks = value
+    return method, args, kwargs, ranks
+
+
 class Recording:
     """A launch's recording, read and checked as a whole.
 
@@ -146,8 +165,7 @@ class Recording:
         """Return the keyword arguments of the worker's ``setup``."""
         if self._arguments is None:
             raise RecordingError(f"{self.path} ends before the worker's arguments; record again")
-        entry = self._file.entry(self._arguments)
-        value = decode_value(entry.body, entry.buffers)
+        value = read_value(self._file.entry(self._arguments))
         if not isinstance(value, dict):
             raise RecordingError(f"{self.path} has a {type(value).__name__} where the worker's arguments are due")
         return value
@@ -173,6 +191,10 @@ class Recording:
         if entry.kind is EntryKind.FRAME:
             if entry.seq != len(self._frames) + 1:  # 0 is the SYNC, which is not recorded
                 raise RecordingError(f"{self.path} has frame {entry.seq} at offset {entry.offset} where {len(self._frames) + 1} is due")
+            if entry.code not in (StepKind.STEP, StepKind.CALL):
+                raise RecordingError(
+                    f"{self.path} has a frame of kind {entry.code} at offset {entry.offset}; only steps and calls are recorded"
+                )
             self._frames.append(entry.offset)
         elif entry.kind is EntryKind.ANSWER:
             self._answers[entry.rank, entry.seq] = entry.offset
@@ -180,7 +202,8 @@ class Recording:
             self._arguments = entry.offset
         elif entry.kind is EntryKind.FAULT:
             fault = read_recorded(entry)
-            assert isinstance(fault, RecordedFault)
+            if not isinstance(fault, RecordedFault):
+                raise RecordingError(f"{self.path} has a {type(fault).__name__} at offset {entry.offset} where a fault is due")
             self.fault = fault
         elif entry.kind is not EntryKind.END:
             raise RecordingError(f"{self.path} has a {entry.kind.name} entry at offset {entry.offset}, which the file of no launch has")

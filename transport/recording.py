@@ -11,6 +11,7 @@ in one call, straight from where its buffers lie, so that nothing is copied here
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import mmap
 import os
@@ -97,24 +98,27 @@ class EntryWriter:
     def close(self) -> None:
         """Mark the file as complete and close it; idempotent."""
         self.write(EntryKind.END)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._close_fd(fd)
 
     def _append(self, parts: list[Buffer]) -> None:
         try:
             self._size_bytes += _write_all(self._fd, parts)
         except OSError as error:
-            print(
-                f"zspmd: the recording {self._path} ends after {self._size_bytes} B: {error}; what is recorded goes on without it",
-                file=sys.stderr,
-            )
+            _tell(f"the recording {self._path} ends after {self._size_bytes} B: {error}; what is recorded goes on without it")
             fd, self._fd = self._fd, -1
             try:
                 os.ftruncate(fd, self._size_bytes)
             except OSError as truncation:
-                print(f"zspmd: its last entry stays cut: {truncation}", file=sys.stderr)
+                _tell(f"its last entry stays cut: {truncation}")
+            self._close_fd(fd)
+
+    def _close_fd(self, fd: int) -> None:
+        try:
             os.close(fd)
+        except OSError as error:  # some file systems write only now; the descriptor is gone all the same
+            _tell(f"the recording {self._path} may be cut: {error}")
 
 
 class EntryFile:
@@ -170,7 +174,8 @@ class EntryFile:
     def entry(self, offset: int) -> Entry:
         """Return the entry at an offset that an iteration gave."""
         entry, _ = self._read(offset, is_checked=False)
-        assert entry is not None
+        if entry is None:
+            raise self._damage(offset, "no whole entry begins there")
         return entry
 
     def _read(self, offset: int, *, is_checked: bool) -> tuple[Entry | None, int]:
@@ -215,6 +220,11 @@ _KINDS = {int(kind): kind for kind in EntryKind}
 
 def _with_checksum(part: bytes) -> bytes:
     return part + _CRC.pack(zlib.crc32(part))
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be a file on the same full disk: the launch is not to fail for that either
+        print(f"zspmd: {text}", file=sys.stderr)
 
 
 def _write_all(fd: int, parts: list[Buffer]) -> int:

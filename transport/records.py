@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .frames import Buffer
 from .schema import Record, blob, many, number, read_record, text, whole
+from .security import RankKeys, needs_keys
 
 MAX_RECORD_BYTES = 1 << 20
 
@@ -25,18 +26,31 @@ MAX_SEQ = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Bootstrap(ControlRecord):
-    """What a rank reads from its inherited fd: where the driver is and the secret that opens the door."""
+    """What a rank reads from its inherited fd: where the driver is, and the secrets that open the door.
+
+    Over TCP these are the rank's CURVE pair and the driver's public key, in Z85; they are empty within a host.
+    """
 
     launch_id: str = text(64)
     control_endpoint: str = text(512)
-    token: bytes = blob(64)
+    token: bytes = blob(64, repr=False)
+    public_key: bytes = blob(40, default=b"", repr=False)
+    secret_key: bytes = blob(40, default=b"", repr=False)
+    server_key: bytes = blob(40, default=b"", repr=False)
+
+    @property
+    def keys(self) -> RankKeys | None:
+        """The keys that TCP needs; None for a launch within its host. Raises InsecureEndpointError for some that are none."""
+        if not needs_keys(self.control_endpoint):
+            return None
+        return RankKeys(self.public_key, self.secret_key, self.server_key)
 
 
 @dataclass(frozen=True)
 class Hello(ControlRecord):
     """First record on each control connection of a rank; ``purpose`` is rank, beat or store."""
 
-    token: bytes = blob(64)
+    token: bytes = blob(64, repr=False)
     rank: int = whole(MAX_RANK)
     pid: int = whole(1 << 31)
     host: str = text(256)

@@ -129,7 +129,8 @@ def _read_named(family: type[FamilyT], unpacker: Any) -> FamilyT:
     if kind is None:
         raise BadFrameError(f"unknown record {_shown(name)}; known are {', '.join(sorted(family.kinds))}")
     record = _read_fields(kind, count - 1, unpacker)
-    assert isinstance(record, family)
+    if not isinstance(record, family):
+        raise BadFrameError(f"a {kind.__name__} arrived where a {family.__name__} is due")
     return record
 
 
@@ -193,7 +194,8 @@ def _checked(owner: str, f: Field[Any], value: object) -> Any:
         if not all(type(k) is str and type(v) is str for k, v in value.items()):
             raise BadFrameError(f"{name} is not a map of texts to texts")
         return value
-    assert isinstance(value, (str, bytes, list, tuple))
+    if not isinstance(value, (str, bytes, list, tuple)):
+        raise BadFrameError(f"{name} is a {type(value).__name__}, which no field declares")
     _check_length(name, len(value), bounds["high"])
     if isinstance(value, (list, tuple)):
         return tuple(_item(name, bounds["item"], item) for item in value)

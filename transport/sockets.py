@@ -5,8 +5,7 @@
     ResultCollector PULL  <-------  PUSH    ResultPusher
     ControlServer   ROUTER <----->  DEALER  ControlClient
 
-The driver binds. High-water marks are an assertion, never flow control: small ones lose messages even to an idle subscriber
-(libzmq hands read credits back in batches), so back-pressure is the business of ``window.CreditWindow``.
+The driver binds. Over TCP a rank's end needs ``keys``, and the driver's a ``door``.
 """
 
 from __future__ import annotations
@@ -16,8 +15,11 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
-from ..errors import BackpressureError, LaunchError, PeerLostError, StepGapError
+from ..errors import BackpressureError, PeerLostError, ProtocolError, StepGapError
+from .chunks import join_parts
+from .door import Door
 from .frames import (
+    RANK_LETTER,
     STEP_TOPIC,
     Buffer,
     ResultFrame,
@@ -30,61 +32,22 @@ from .frames import (
     parse_step,
     rank_topic,
 )
+from .messages import (
+    HIGH_WATER_MARK,
+    SEND_TIMEOUT_MS,
+    bind_socket,
+    connect_socket,
+    is_sent_in_place,
+    open_socket,
+    receive_chunked,
+    receive_message,
+    receive_parts,
+    send_chunked,
+    send_message,
+)
+from .security import RankKeys, needs_keys
 
-HIGH_WATER_MARK = 1024
-COPY_BELOW_BYTES = 256 << 10  # below this a copy is cheaper than tracking the buffer
 RESULT_LINGER_MS = 1000
-SEND_TIMEOUT_MS = 60_000  # of sends that may wait; by then the driver has not read 1,024 messages for a minute
-
-
-def open_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, linger_ms: int = 0) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
-    socket.setsockopt(zmq.LINGER, linger_ms)
-    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-    socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
-    return socket
-
-
-def bind_socket(socket: zmq.Socket[bytes], endpoint: str) -> None:
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(0)
-        raise LaunchError(f"cannot bind {endpoint}: {error}; see that its directory exists and has room") from error
-
-
-def send_message(socket: zmq.Socket[bytes], head: bytes, buffers: Sequence[Buffer], flags: int = 0) -> list[zmq.MessageTracker]:
-    """Send one message; returns trackers of the buffers that were not copied, done once ZeroMQ has let go of them."""
-    if not buffers:
-        socket.send(head, flags)
-        return []
-    trackers = []
-    socket.send(head, flags | zmq.SNDMORE)
-    for index, buffer in enumerate(buffers):
-        part_flags = flags | (zmq.SNDMORE if index + 1 < len(buffers) else 0)
-        if is_sent_in_place(buffer):
-            tracker = socket.send(buffer, part_flags, copy=False, track=True)
-            assert tracker is not None
-            trackers.append(tracker)
-        else:
-            socket.send(buffer, part_flags)
-    return trackers
-
-
-def is_sent_in_place(buffer: Buffer) -> bool:
-    """Whether ZeroMQ reads this buffer where it lies, as long as it needs to, instead of taking a copy."""
-    return len(buffer) >= COPY_BELOW_BYTES
-
-
-def receive_message(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame | bytes]:
-    first = socket.recv(flags)
-    if not socket.getsockopt(zmq.RCVMORE):
-        return [first]
-    frames: list[zmq.Frame | bytes] = [first]
-    while socket.getsockopt(zmq.RCVMORE):  # the other parts of a message are there once its first is
-        frames.append(socket.recv(copy=False))
-    return frames
 
 
 class StepPublisher:
@@ -93,10 +56,14 @@ class StepPublisher:
     It keeps a frame until ``forget``: a rank that missed it gets it again.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, door: Door | None = None) -> None:
+        self._door = door if needs_keys(endpoint) else None
         self.socket = open_socket(context, zmq.XPUB)
         self.socket.setsockopt(zmq.XPUB_NODROP, 1)
-        bind_socket(self.socket, endpoint)
+        if self._door is not None:  # a rank that subscribes to another's topic first must not hide the other's own subscription
+            self.socket.setsockopt(zmq.XPUB_VERBOSE, 1)
+        self._send_message = send_message if self._door is None else send_chunked
+        self.endpoint = bind_socket(self.socket, endpoint, "step", door)
         self.epoch = epoch
         self.next_seq = 0
         self.sent_bytes = 0
@@ -146,11 +113,11 @@ class StepPublisher:
 
     def _send(self, head: bytes, buffers: Sequence[Buffer]) -> None:
         try:
-            send_message(self.socket, head, buffers, zmq.NOBLOCK)
+            self._send_message(self.socket, head, buffers, zmq.NOBLOCK)
         except zmq.Again:
             self.socket.getsockopt(zmq.EVENTS)  # lets libzmq take in read credits that had not been seen yet
             try:
-                send_message(self.socket, head, buffers, zmq.NOBLOCK)
+                self._send_message(self.socket, head, buffers, zmq.NOBLOCK)
             except zmq.Again:
                 raise BackpressureError(
                     f"frame {self.next_seq}: a rank's pipe holds {HIGH_WATER_MARK} unread messages; it has stopped reading"
@@ -158,15 +125,21 @@ class StepPublisher:
         self.sent_bytes += len(head) + sum(map(len, buffers))
 
     def read_subscription(self) -> tuple[int, bool] | None:
-        """Return the next (rank, joined) that arrived on the socket, or None for a topic that is no rank's.
+        """Return the next (rank, joined) that arrived on the socket, or None for a topic that is not the rank's own, or no rank's.
 
         Raises:
             zmq.Again: nothing has arrived.
         """
-        message = self.socket.recv(zmq.NOBLOCK)
-        if len(message) == 4 and message[1:2] == b"R":
-            return int.from_bytes(message[2:], "big"), message[0] == 1
-        return None
+        part, *_ = receive_parts(self.socket, zmq.NOBLOCK)
+        message = part.bytes
+        if len(message) != 4 or message[1:2] != RANK_LETTER:
+            return None
+        rank, has_joined = int.from_bytes(message[2:], "big"), message[0] == 1
+        if self._door is not None and has_joined:  # that of a peer that has gone is made by libzmq, and of no connection
+            sender = self._door.sender(part, "step")
+            if not self._door.is_own(sender, rank, "a subscription"):
+                return None
+        return rank, has_joined
 
     def close(self) -> None:
         """Close the socket and let go of every frame; idempotent."""
@@ -181,13 +154,21 @@ class StepSubscriber:
     """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int, on_gap: Callable[[int], None]
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        epoch: int,
+        rank: int,
+        on_gap: Callable[[int], None],
+        keys: RankKeys | None = None,
     ) -> None:
+        self._receive_message = receive_chunked if needs_keys(endpoint) else receive_message
         self.socket = open_socket(context, zmq.SUB)
-        # in this order: once the driver sees the rank's own topic, the common one is active for it
+        # once the driver sees the rank's own topic, the common one is active for it: see RANK_LETTER
         self.socket.subscribe(STEP_TOPIC)
         self.socket.subscribe(rank_topic(rank))
-        self.socket.connect(endpoint)
+        connect_socket(self.socket, endpoint, "step", keys)
         self.epoch = epoch
         self.rank = rank
         self.next_seq = 0
@@ -236,7 +217,7 @@ class StepSubscriber:
     def _read(self) -> StepFrame | None:
         """Return the next message of the socket, whichever it is; None when the timeout passed without one."""
         try:
-            return parse_step(receive_message(self.socket))
+            return parse_step(self._receive_message(self.socket))
         except zmq.Again:
             return None
 
@@ -263,9 +244,12 @@ class StepSubscriber:
 class ResultPusher:
     """A rank's end of the result socket."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, rank: int, keys: RankKeys | None = None
+    ) -> None:
+        self._send_message = send_chunked if needs_keys(endpoint) else send_message
         self.socket = open_socket(context, zmq.PUSH, RESULT_LINGER_MS)
-        self.socket.connect(endpoint)
+        connect_socket(self.socket, endpoint, "result", keys)
         self.epoch = epoch
         self.rank = rank
 
@@ -288,7 +272,7 @@ class ResultPusher:
         """
         try:
             head = pack_result_header(kind, self.epoch, seq, self.rank, busy_us, received_ns)
-            for tracker in send_message(self.socket, head + body, buffers):
+            for tracker in self._send_message(self.socket, head + body, buffers):
                 tracker.wait(SEND_TIMEOUT_MS / 1000)
         except (zmq.Again, zmq.NotDone):
             raise PeerLostError(f"the driver has read no answer for {SEND_TIMEOUT_MS // 1000} s") from None
@@ -300,24 +284,41 @@ class ResultPusher:
 class ResultCollector:
     """The driver's end of the result socket."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, door: Door | None = None) -> None:
+        self._door = door if needs_keys(endpoint) else None
         self.socket = open_socket(context, zmq.PULL)
-        bind_socket(self.socket, endpoint)
+        self.endpoint = bind_socket(self.socket, endpoint, "result", door)
         self.epoch = epoch
         self.dropped_foreign = 0
 
     def receive(self) -> ResultFrame | None:
-        """Return the next answer that has arrived, or None for one of another epoch, which is dropped and counted.
+        """Return the next answer that has arrived, or None for one that is dropped and counted: of another epoch, or in another's name.
 
         Raises:
             zmq.Again: nothing has arrived.
             BadFrameError, WireVersionError: as ``parse_result``.
         """
-        frame = parse_result(receive_message(self.socket, zmq.NOBLOCK))
+        if self._door is None:
+            frame = parse_result(receive_message(self.socket, zmq.NOBLOCK))
+        else:
+            own = self._receive_authenticated(self._door)
+            if own is None:
+                return None
+            frame = own
         if frame.epoch != self.epoch:
             self.dropped_foreign += 1
             return None
         return frame
+
+    def _receive_authenticated(self, door: Door) -> ResultFrame | None:
+        """Return the next answer; None for one that claims another rank than its connection proves."""
+        parts = receive_parts(self.socket, zmq.NOBLOCK)
+        sender = door.sender(parts[0], "result")
+        try:
+            frame = parse_result(join_parts(parts))
+        except ProtocolError as error:
+            raise type(error)(f"on the connection of rank {sender}: {error}") from error
+        return frame if door.is_own(sender, frame.rank, f"a {frame.kind.name} of frame {frame.seq}") else None
 
     def close(self) -> None:
         self.socket.close(0)

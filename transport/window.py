@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..errors import InternalError, ProtocolError
+from ..errors import AnswerLostError, InternalError, ProtocolError
 
 
 class CreditWindow:
     """Counts acknowledgements of frames by ``num_ranks`` ranks, at most ``size`` frames in flight.
 
-    Each rank acknowledges every frame once, in order; anything else is a ProtocolError that names the rank.
+    Each rank acknowledges every frame once, in order. A frame left out is an AnswerLostError, anything else a ProtocolError; both name
+    the rank.
     """
 
     def __init__(self, *, size: int, num_ranks: int) -> None:
@@ -42,8 +43,13 @@ class CreditWindow:
         """Note that ``rank`` has done frame ``seq``; returns whether that made room."""
         if not 0 <= rank < len(self._next_ack):
             raise ProtocolError(f"an acknowledgement of rank {rank}; the ranks are 0 to {len(self._next_ack) - 1}")
-        if seq != self._next_ack[rank] or seq >= self._oldest + len(self._missing):
-            raise ProtocolError(f"rank {rank} acknowledged frame {seq} where {self._next_ack[rank]} was due")
+        due = self._next_ack[rank]
+        if seq != due or seq >= self._oldest + len(self._missing):
+            if due < seq < self._oldest + len(self._missing):
+                raise AnswerLostError(
+                    f"its answer to frame {due} was lost on the way: the next that came is to frame {seq}", rank=rank, seq=due
+                )
+            raise ProtocolError(f"rank {rank} acknowledged frame {seq} where {due} was due")
         self._next_ack[rank] = seq + 1
         self._missing[seq - self._oldest] -= 1
         made_room = False
@@ -56,6 +62,10 @@ class CreditWindow:
     def behind(self) -> list[int]:
         """Return the ranks that have not acknowledged the oldest frame in flight."""
         return [rank for rank, seq in enumerate(self._next_ack) if seq <= self._oldest] if self._missing else []
+
+    def due(self, rank: int) -> int:
+        """Return the frame that ``rank`` is to acknowledge next, published or not."""
+        return self._next_ack[rank]
 
     def missing(self, seq: int) -> list[int]:
         """Return the ranks that have not acknowledged frame ``seq``."""

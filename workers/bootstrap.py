@@ -10,6 +10,7 @@ import zmq
 from .. import __version__
 from ..errors import BadFrameError, ConfigError
 from ..process import BOOTSTRAP_FD, take_bootstrap
+from ..transport.control_sockets import ControlClient
 from ..transport.records import Bootstrap, Hello, unpack_record
 from .context import RankFacts
 from .store_client import StoreClient
@@ -54,7 +55,8 @@ def open_store(*, timeout_s: float) -> tuple[StoreClient, Callable[[], None]]:
     bootstrap = read_bootstrap()
     greeting = hello(bootstrap, read_number("RANK"), "store")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    return StoreClient(context, bootstrap.control_endpoint, greeting, timeout_s=timeout_s), lambda: context.destroy(linger=0)
+    store = StoreClient(lambda: ControlClient(context, bootstrap.control_endpoint, bootstrap.keys), greeting, timeout_s=timeout_s)
+    return store, lambda: context.destroy(linger=0)
 
 
 def rank_facts(device: str | None = None) -> RankFacts:

@@ -6,12 +6,12 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from ..transport.control_sockets import ControlClient
 from ..transport.records import Beat
 
 if TYPE_CHECKING:
-    import zmq
+    from collections.abc import Callable
 
+    from ..transport.control_sockets import ControlClient
     from ..transport.records import Hello
     from ..transport.sockets import StepSubscriber
     from .context import RankStatus
@@ -20,20 +20,18 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Heartbeat:
-    """Sends a ``Beat`` each ``period_s`` over a connection of its own, which the thread opens and closes."""
+    """Sends a ``Beat`` each ``period_s`` over a connection of its own, which the thread opens by ``connect`` and closes."""
 
     def __init__(
         self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        endpoint: str,
+        connect: Callable[[], ControlClient],
         hello: Hello,
         status: RankStatus,
         subscriber: StepSubscriber,
         *,
         period_s: float,
     ) -> None:
-        self._context = context
-        self._endpoint = endpoint
+        self._connect = connect
         self._hello = hello
         self._status = status
         self._subscriber = subscriber  # only its counters: the socket is the main thread's
@@ -51,7 +49,7 @@ class Heartbeat:
             self._thread.join(2 * self._period_s)
 
     def _run(self) -> None:
-        client = ControlClient(self._context, self._endpoint)
+        client = self._connect()
         try:
             client.send(self._hello)
             while True:

@@ -68,22 +68,36 @@ class StepLoop:
 
     def run(self) -> None:
         """Serve frames until STOP; what the worker raises in a step, or a broken stream, ends it."""
-        handlers = {StepKind.SYNC: self._sync, StepKind.STEP: self._step, StepKind.CALL: self._call}
-        while True:
-            self._status.phase = "idle"
-            frame = self._subscriber.receive(IDLE_MS)
+        goes_on = True
+        while goes_on:
+            frame = self.take(IDLE_MS)
             if frame is None:
                 self._check_parent()
-                continue
-            self._status.seq = frame.seq
-            if frame.kind is StepKind.STOP:
-                self._pusher.push(ResultKind.BYE, frame.seq)
-                return
-            handlers[frame.kind](frame, time.monotonic_ns())
-            self._status.done_seq = frame.seq
+            else:
+                goes_on = self.serve(frame)
 
-    def _sync(self, frame: StepFrame, received_ns: int) -> None:
-        self._pusher.push(ResultKind.SYNC_ACK, frame.seq)
+    def take(self, timeout_ms: int) -> StepFrame | None:
+        """Wait for the next frame, which counts as begun from here on; None when ``timeout_ms`` passed without one."""
+        self._status.phase = "idle"
+        frame = self._subscriber.receive(timeout_ms)
+        if frame is not None:
+            self._status.seq = frame.seq
+        return frame
+
+    def serve(self, frame: StepFrame) -> bool:
+        """Do what the frame asks and answer it; returns whether another may follow."""
+        received_ns = time.monotonic_ns()
+        if frame.kind is StepKind.STEP:
+            self._step(frame, received_ns)
+        elif frame.kind is StepKind.CALL:
+            self._call(frame, received_ns)
+        elif frame.kind is StepKind.SYNC:
+            self._pusher.push(ResultKind.SYNC_ACK, frame.seq)
+        else:
+            self._pusher.push(ResultKind.BYE, frame.seq)
+            return False
+        self._status.done_seq = frame.seq
+        return True
 
     def _step(self, frame: StepFrame, received_ns: int) -> None:
         self._status.step_id += 1

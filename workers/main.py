@@ -14,11 +14,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import zmq
 
 from ..config import ParallelConfig
 from ..errors import ConfigError, LaunchError, ProtocolError
+from ..process import name_process, offer_stacks
 from ..transport.codec import decode_value
 from ..transport.control_sockets import ControlClient
 from ..transport.frames import ResultKind
@@ -26,6 +28,7 @@ from ..transport.records import Bootstrap, Reject, Welcome
 from ..transport.schema import pack_record
 from ..transport.sockets import ResultPusher, StepSubscriber
 from .bootstrap import hello, rank_facts, read_bootstrap
+from .connection_watch import ConnectionWatch
 from .context import RankStatus, WorkerContext
 from .heartbeat import Heartbeat
 from .loop import StepLoop, describe_failure
@@ -42,7 +45,8 @@ MAIN_MODULE = "__zspmd_main__"  # the driver's script, imported here so that its
 def main() -> int:
     """Run this rank to its end and return the exit code: 0 after a STOP, 1 after an error that the driver has been told."""
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # for people: to the rank's log
+    offer_stacks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
     register_torch()
     bootstrap = read_bootstrap()
@@ -55,22 +59,32 @@ def main() -> int:
 
 def _serve(context: zmq.Context[zmq.Socket[bytes]], bootstrap: Bootstrap) -> int:
     rank = int(os.environ["RANK"])
-    with open("/proc/self/comm", "w") as name:  # what top and ps -e show: a forked rank would go by the zygote's name
-        name.write(f"zspmd-rank{rank}")
-    control = ControlClient(context, bootstrap.control_endpoint)
-    control.send(hello(bootstrap, rank, "rank"))
-    welcome, worker_args = _receive_welcome(control)
-    status = RankStatus()
-    pusher = ResultPusher(context, welcome.result_endpoint, epoch=welcome.epoch, rank=rank)
-    subscriber = StepSubscriber(
-        context, welcome.step_endpoint, epoch=welcome.epoch, rank=rank, on_gap=lambda seq: pusher.push(ResultKind.GAP, seq)
-    )
-    beat = Heartbeat(context, bootstrap.control_endpoint, hello(bootstrap, rank, "beat"), status, subscriber, period_s=welcome.beat_s)
+    name_process(f"zspmd-rank{rank}")
     with contextlib.ExitStack() as stack:
+        keys = bootstrap.keys
+        if keys is not None:
+            watch = ConnectionWatch(context)
+            stack.callback(watch.stop)
+            keys = replace(keys, follow=watch.follow)
+        connect = functools.partial(ControlClient, context, bootstrap.control_endpoint, keys)
+        control = connect()
+        control.send(hello(bootstrap, rank, "rank"))
+        welcome, worker_args = _receive_welcome(control)
+        status = RankStatus()
+        pusher = ResultPusher(context, welcome.result_endpoint, epoch=welcome.epoch, rank=rank, keys=keys)
+        subscriber = StepSubscriber(
+            context,
+            welcome.step_endpoint,
+            epoch=welcome.epoch,
+            rank=rank,
+            on_gap=lambda seq: pusher.push(ResultKind.GAP, seq),
+            keys=keys,
+        )
+        beat = Heartbeat(connect, hello(bootstrap, rank, "beat"), status, subscriber, period_s=welcome.beat_s)
         beat.start()
         stack.callback(beat.stop)
         try:
-            store = StoreClient(context, bootstrap.control_endpoint, hello(bootstrap, rank, "store"), timeout_s=welcome.collective_s)
+            store = StoreClient(connect, hello(bootstrap, rank, "store"), timeout_s=welcome.collective_s)
             log = PeerLog.create(welcome.recording, rank, epoch=welcome.epoch) if welcome.recording else None
             worker = _create_worker(welcome, store, control, log)
             worker.setup(**worker_args)
@@ -102,7 +116,10 @@ def _create_worker(welcome: Welcome, store: StoreClient, control: ControlClient,
         timeout_s=welcome.collective_s,
     )
     worker = import_worker(welcome.worker, welcome.main_path)()
-    worker.ctx = WorkerContext(facts, mesh, store if log is None else RecordingStore(log, store), control.send)
+    recorded = store if log is None else RecordingStore(log, store)
+    store.connect()
+    recorded.connect()
+    worker.ctx = WorkerContext(facts, mesh, recorded, control.send)
     return worker
 
 

@@ -19,6 +19,7 @@ from .sampler import SampledTokens, Sampler
 from .worker import Worker, rpc
 
 _MEMINFO = Path("/proc/meminfo")
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelWorker(Worker):
@@ -111,9 +112,9 @@ def choose_dtype(dtype: str, checkpoint_dtype: str, device: torch.device) -> tor
     """Return the torch dtype that a name of ``config.DTYPES`` stands for; "auto" is float32 on a CPU, the checkpoint's elsewhere."""
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else checkpoint_dtype
-    chosen = getattr(torch, dtype, None)
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        raise ConfigError(f"dtype is {dtype!r}, which is no floating-point dtype of torch; choose float32, bfloat16 or float16")
+    chosen = _TORCH_DTYPES.get(dtype)
+    if chosen is None:
+        raise ConfigError(f"dtype is {dtype!r}; choose one of auto, {', '.join(_TORCH_DTYPES)}")
     return chosen
 
 

@@ -11,12 +11,11 @@ import threading
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-import zmq
-
-from ..errors import ConfigError, RecordingError, ReplayDivergedError
-from ..transport.codec import ValueEncoder, decode_value
-from ..transport.recorded_launch import RecordedRank, rank_path, read_recorded
-from ..transport.recording import EntryFile, EntryKind, EntryWriter
+from ..errors import ConfigError, InternalError, RecordingError, ReplayDivergedError
+from ..transport.codec import ValueEncoder
+from ..transport.control_sockets import ControlClient
+from ..transport.recorded_launch import RecordedRank, rank_path, read_recorded, read_value
+from ..transport.recording import Entry, EntryFile, EntryKind, EntryWriter
 from ..transport.records import Hello, StoreReply, StoreRequest, unpack_record
 from ..transport.schema import pack_record
 from .mesh import Mesh
@@ -85,7 +84,7 @@ class RecordedPeers:
         self._offsets: dict[str, list[int]] = defaultdict(list)
         for entry in entries:
             if entry.kind is EntryKind.PEERS:
-                self._offsets[decode_value(entry.body, entry.buffers)[0]].append(entry.offset)
+                self._offsets[_read_peers(entry)[0]].append(entry.offset)
         self._taken: dict[str, int] = defaultdict(int)
         self._may_end = has_failed or bool(file.note)
 
@@ -119,11 +118,20 @@ class RecordedPeers:
                 raise EndOfRecording(f"in {asked}, number {count} on {name}, which the launch did not finish")
             raise ReplayDivergedError(f"rank {self._rank} asks for {asked} as number {count} on {name}; recorded are {count} in all")
         entry = self._file.entry(offsets[count])
-        _, made, made_with, recorded = decode_value(entry.body, entry.buffers)
+        _, made, made_with, recorded = _read_peers(entry)
         if asked != (then := _describe(made, made_with, recorded)):
             raise ReplayDivergedError(f"rank {self._rank} asks for {asked} as number {count} on {name}; recorded is {then}")
         self._taken[name] = count + 1
         return recorded
+
+
+def _read_peers(entry: Entry) -> tuple[str, str, list[Any], Any]:
+    """Return what ``PeerLog.write`` wrote: who was asked, the operation, its details, and the result."""
+    value = read_value(entry)
+    if not isinstance(value, list) or [type(item) for item in value[:3]] != [str, str, list] or len(value) != 4:
+        raise RecordingError(f"the entry at offset {entry.offset} holds no result of a collective; restore the file")
+    name, operation, details, result = value
+    return name, operation, details, result
 
 
 class RecordingMesh(Mesh):
@@ -158,7 +166,7 @@ class RecordingStore(StoreClient):
     """A store that writes what it answers to the main thread: other threads have no order that a replay could keep to."""
 
     def __init__(self, log: PeerLog, store: StoreClient) -> None:
-        super().__init__(store._context, store._endpoint, store._hello, timeout_s=store.timeout_s)
+        super().__init__(store._connect, store._hello, timeout_s=store.timeout_s)
         self._log = log
 
     def _exchange(self, request: StoreRequest) -> StoreReply:
@@ -168,19 +176,24 @@ class RecordingStore(StoreClient):
         return reply
 
 
+def _never_connects() -> ControlClient:
+    raise InternalError("a replayed store has nobody to connect to")
+
+
 class ReplayedStore(StoreClient):
     """The store of a rank that is replayed alone: answers as it did, and keeps nothing."""
 
     def __init__(self, peers: RecordedPeers, *, timeout_s: float) -> None:
         nobody = Hello(token=b"", rank=0, pid=0, host="", version="", purpose="store")
-        super().__init__(zmq.Context.instance(), "", nobody, timeout_s=timeout_s)  # never connects
+        super().__init__(_never_connects, nobody, timeout_s=timeout_s)
         self._peers = peers
 
     def _exchange(self, request: StoreRequest) -> StoreReply:
         if threading.current_thread() is not threading.main_thread():
             raise RecordingError(f"store operation {request.op} of a second thread: only the main thread's are recorded; replay all ranks")
         reply = unpack_record(self._peers.take(_STORE, request.op, list(request.keys), b""))
-        assert isinstance(reply, StoreReply)
+        if not isinstance(reply, StoreReply):
+            raise RecordingError(f"a {type(reply).__name__} is recorded as the store's answer to {request.op}; restore the file")
         return reply
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import zmq
 
 from ..errors import PeerLostError, ProtocolError, StoreTimeoutError
 from ..transport.control_sockets import ControlClient
@@ -21,15 +19,28 @@ REPLY_MARGIN_S = 10.0  # how much longer than its own timeout an operation waits
 
 
 class StoreClient:
-    """A ``Store`` over the control socket; ``timeout_s`` is that of operations that are given none."""
+    """A ``Store`` over the control socket.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, hello: Hello, *, timeout_s: float) -> None:
-        self._context = context
-        self._endpoint = endpoint
+    Args:
+        connect: makes a connection; called by each thread that uses the store.
+        hello: what each connection begins with.
+        timeout_s: of operations that are given none.
+    """
+
+    def __init__(self, connect: Callable[[], ControlClient], hello: Hello, *, timeout_s: float) -> None:
+        self._connect = connect
         self._hello = hello
         self.timeout_s = timeout_s
         self._local = threading.local()
         self._request_ids = itertools.count()
+
+    def connect(self) -> None:
+        """Connect the calling thread now, not at its first operation.
+
+        A rank does so at its start, when the driver has a descriptor for it for certain: libzmq ends a process that has none left
+        at the moment at which somebody connects over ipc.
+        """
+        self._connection()
 
     def set(self, key: str, value: bytes) -> None:
         """Store ``value`` under ``key`` and wake whoever waits for it."""
@@ -119,7 +130,7 @@ class StoreClient:
     def _connection(self) -> ControlClient:
         client: ControlClient | None = getattr(self._local, "client", None)
         if client is None:
-            client = ControlClient(self._context, self._endpoint)
+            client = self._connect()
             client.send(self._hello)
             answer, _ = client.receive(self.timeout_s + REPLY_MARGIN_S)
             if isinstance(answer, Reject):

@@ -28,9 +28,10 @@ from typing import NoReturn
 import msgpack
 
 from .. import process
+from ..descriptors import receive_fds
 
 _PID = struct.Struct("<I")
-_MAX_FDS = 4
+_MAX_FDS = 5
 _MAX_ERROR_CHARACTERS = 32_000
 
 
@@ -55,13 +56,13 @@ def main() -> None:
 
 
 def _receive(agent: socket.socket) -> tuple[dict[str, object] | None, list[int]]:
-    """Return the request and the rank's descriptors: stdout, stderr and perhaps the bootstrap; None when the agent has closed."""
-    data, fds, _, _ = socket.recv_fds(agent, 1, _MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+    """Return the request and the rank's descriptors: stdout, stderr, stacks, perhaps the bootstrap; None when the agent has closed."""
+    data, fds = receive_fds(agent, 1, _MAX_FDS)
     if not data:
         return None, []
     with open(fds[0], "rb") as file:
         request: dict[str, object] = msgpack.unpackb(file.read(), unicode_errors="surrogateescape")
-    return request, list(fds[1:])
+    return request, fds[1:]
 
 
 def _preload(modules: object, sys_path: object) -> dict[str, object]:
@@ -164,8 +165,9 @@ def _take_place(request: dict[str, object], fds: list[int]) -> None:
     os.close(fds[1])
     os.environ.clear()
     os.environ.update(environment)
-    if len(fds) > 2:
-        os.environ[process.BOOTSTRAP_FD] = str(fds[2])
+    os.environ[process.STACKS_FD] = str(fds[2])
+    if len(fds) > 3:
+        os.environ[process.BOOTSTRAP_FD] = str(fds[3])
     os.chdir(str(request["cwd"]))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["zspmd-rank"]

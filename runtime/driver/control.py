@@ -80,13 +80,16 @@ class ControlHub:
         self._server.close()
 
     def _read_one(self) -> None:
-        connection, record = self._server.receive()
+        connection, record, sender = self._server.receive()
         if isinstance(record, Hello):
-            self._admit(connection, record)
+            if self._is_own(sender, record.rank, record):
+                self._admit(connection, record)
             return
         rank = self._admitted.get(connection)
         if rank is None:
             raise ProtocolError(f"a {type(record).__name__} on a control connection that has not said hello")
+        if not self._is_own(sender, rank.rank, record):
+            return
         if isinstance(record, Beat):
             rank.beat, rank.beat_at = record, time.monotonic()
         elif isinstance(record, Progress):
@@ -97,6 +100,11 @@ class ControlHub:
             self._arm()
         else:
             raise ProtocolError(f"rank {rank.rank} sent a {type(record).__name__}, which only the driver sends")
+
+    def _is_own(self, sender: int | None, claimed: int, record: ControlRecord) -> bool:
+        """Say whether a record is of the rank that it speaks for, as far as its connection proves anything."""
+        door = self._server.door
+        return door is None or sender is None or door.is_own(sender, claimed, f"a {type(record).__name__}")
 
     def _admit(self, connection: bytes, hello: Hello) -> None:
         if reason := self._refusal(hello):
@@ -131,7 +139,10 @@ class ControlHub:
 
     def _reply(self, replies: Replies) -> None:
         for connection, reply in replies:
-            self.send(connection, reply)
+            try:
+                self.send(connection, reply)
+            except BadFrameError as error:  # it names the absent ones of more keys than a reply may hold
+                self.send(connection, StoreReply(request_id=reply.request_id, error=str(error)))
 
     def _arm(self) -> None:
         """Set the timer for the earliest store timeout."""

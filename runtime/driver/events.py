@@ -21,8 +21,10 @@ class GroupEvent:
 
     Attributes:
         kind: ``started`` and ``connected`` (a rank's process, its hello), ``ready``, ``replayed`` (a rank missed frames and got them
-            again), ``stalled`` (a step or call is overdue), ``exited`` (a rank's process), ``failed`` (the group's first cause),
-            ``closing``, ``closed`` (always the last), or ``skipped`` (this stream was read too slowly).
+            again), ``silent`` and ``heard`` (a rank's beats stop, which alone has no consequence, and come again), ``stalled`` (a step
+            or call is overdue), ``refused`` and ``impostor`` (over TCP: a connection; a message in another rank's name), ``exited`` (a
+            rank's process), ``failed`` (the group's first cause), ``closing``, ``closed`` (always the last), or ``skipped`` (this
+            stream was read too slowly).
         rank: whose it is; None for the whole group.
         detail: in words, with the numbers.
         at: seconds on the monotonic clock.

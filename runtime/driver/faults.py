@@ -1,8 +1,9 @@
 """Which failure came first: sorts what was seen of each rank into one fault and its consequences. No I/O.
 
 When a rank dies, its peers fail too, in their collectives, and may be heard of first. So what is seen is collected for
-``SETTLE_S`` and then ranked: a process that ended by itself, then an exception of a rank's own, then an exception that a lost peer
-explains, then a rank that the driver had to end. Within a class the earliest wins.
+``SETTLE_S`` and then ranked: a process that ended by itself, then an exception of a rank's own, then a rank that the driver had to end,
+then an exit with code 1, which follows an exception that has yet to be heard of, then an exception that a lost peer explains. Within a
+class the earliest wins.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from ...errors import WorkerError, WorkerExitedError, WorkerRaisedError, describ
 from ...transport.records import Failure
 
 SETTLE_S = 0.05
+CAUSE_S = 0.5  # longer, while all that was seen follows from the end of a rank of which the agent has yet to tell
+RAISED_EXIT_CODE = 1  # of a rank that has told the driver why
+_PEER_LOST = 4
 
 _PEER_LOSS = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|remote process|socket closed|peer is (gone|late)"
@@ -80,6 +84,11 @@ class FaultLog:
         if seen.error is None:
             seen.error = error
 
+    @property
+    def has_cause(self) -> bool:
+        """Whether something was seen that is not explained by the end of another rank."""
+        return any(_severity(seen) < _PEER_LOST for seen in self._seen.values())
+
     def first_cause(self) -> WorkerError:
         """Return the error of the rank that failed first, with the others' as its consequences."""
         ordered = sorted(self._seen.items(), key=lambda item: (_severity(item[1]), item[1].order))
@@ -117,11 +126,10 @@ class FaultLog:
 
 def _severity(seen: _Seen) -> int:
     if seen.error is not None:
-        return 3
+        return 2
     if seen.failure is None:
-        return 0
-    assert seen.failure is not None
-    return 2 if is_peer_loss(seen.failure.message) else 1
+        return 3 if seen.exit_code == RAISED_EXIT_CODE else 0
+    return _PEER_LOST if is_peer_loss(seen.failure.message) else 1
 
 
 def _one_line(seen: _Seen) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 
 from ...errors import BackpressureError, ZspmdError
 from ...transport.window import CreditWindow
+from .alarm import Alarm
 
 
 class WindowGate:
@@ -35,7 +37,7 @@ class WindowGate:
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
         self._waiters.append(waiter)
-        timer = loop.call_later(timeout_s, self._expire, waiter, timeout_s)
+        alarm = Alarm(loop, timeout_s, partial(self._expire, waiter, timeout_s))
         try:
             await waiter
             self._num_granted -= 1
@@ -45,7 +47,7 @@ class WindowGate:
                 self.grant()
             raise
         finally:
-            timer.cancel()
+            alarm.cancel()
             if waiter in self._waiters:  # it gave up before its turn
                 self._waiters.remove(waiter)
 
@@ -69,10 +71,11 @@ class WindowGate:
 
     def _expire(self, waiter: asyncio.Future[None], timeout_s: float) -> None:
         if not waiter.done():
-            behind = ", ".join(map(str, self._window.behind()))
+            behind = self._window.behind()
+            who = f"rank {behind[0]} has" if len(behind) == 1 else f"ranks {', '.join(map(str, behind))} have"
             waiter.set_exception(
                 BackpressureError(
-                    f"no room in the window of {self._window.size} frames within {timeout_s:g} s: ranks {behind} have not done the oldest; "
-                    "nothing was sent"
+                    f"no room in the window of {self._window.size} frames within {timeout_s:g} s: {who} not done the oldest; "
+                    "nothing was sent; WorkerGroup.dump_stacks tells where they are"
                 )
             )

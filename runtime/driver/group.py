@@ -4,7 +4,7 @@
                \\________\\_________/
                  a fault: every await raises the first cause, the ranks are ended
 
-``StepStream`` has the frames on their way, ``GroupProcesses`` the processes and sockets, ``FaultLog`` decides which failure came first;
+``StepStream`` has the frames on their way, ``GroupProcesses`` the processes and sockets, ``Verdict`` decides which failure came first;
 the group holds them together. The file passes 350 lines because its public docstrings are the contract of this package.
 """
 
@@ -12,33 +12,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
 
 from ...errors import (
+    AnswerLostError,
     BackpressureError,
     ClosedError,
     ConfigError,
     InternalError,
-    PeerLostError,
     ProtocolError,
-    StepGapError,
     WorkerError,
+    WorkerStalledError,
     ZspmdError,
 )
 from ...transport.frames import ResultFrame, ResultKind, StepKind
 from ...transport.records import Failure
+from .alarm import Alarm
 from .events import EventLog, GroupEvent
-from .faults import SETTLE_S, FaultLog
+from .faults import FaultLog
 from .launching import GroupConfig, check_ranks
+from .overdue import OverdueReplies
 from .pending import PendingReply
 from .processes import GroupProcesses
 from .statistics import GroupStatistics, RankHealth
 from .step_stream import StepStream, read_failure
+from .verdict import Verdict
+from .watch import RankWatch
 
 
 class WorkerGroup:
@@ -56,20 +58,30 @@ class WorkerGroup:
             self._events,
             on_subscribed=self._publish_sync,
             on_result=self._on_result,
-            on_exit=self._on_exit,
-            on_error=self._on_error,
-            on_broken=self._on_broken,
+            on_exit=lambda rank, exit_code: self._verdict.exited(rank, exit_code),
+            on_error=lambda error: self._verdict.troubled(error),
+            on_broken=lambda error: self._verdict.unreadable(error),
         )
         self._reports = self._processes.reports
-        self._faults = FaultLog(self._reports.identity, self._processes.log_tail)
+        self._verdict = Verdict(
+            config.launch_id, self._fault_log(), lambda rank: self._reports.not_ended(rank, config.deadlines.drain_s), self._fail
+        )
+        self._overdue = OverdueReplies(self._processes.dump_stacks, self._reports, self._give_up)
         self._stream = StepStream(
-            self._processes, window=config.window, num_ranks=self.world_size, overdue=self._overdue, call_error=self._call_error
+            self._processes, window=config.window, num_ranks=self.world_size, on_overdue=self._overdue.add, call_error=self._call_error
+        )
+        self._reports.step_of = self._stream.step_of
+        self._watch = RankWatch(
+            lambda: self._processes.control.ranks,
+            self._stream.window,
+            beat_s=config.deadlines.beat_s,
+            on_silent=lambda rank, unheard_s: self._events.emit("silent", rank, f"no beat for {unheard_s:.1f} s"),
+            on_heard=lambda rank: self._events.emit("heard", rank),
+            on_lost=self._verdict.answer_lost,
         )
         self._num_steps = 0
         self._is_started = False
         self._is_ready = False
-        self._is_closing = False
-        self._signals_from = 0.0  # while closing: the supervisor sends none before
         self._fault: ZspmdError | None = None
         self._is_fault_told = False
         self._failed: list[PendingReply] = []  # by the fault
@@ -120,6 +132,7 @@ class WorkerGroup:
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._ready.add_done_callback(_see)  # what start raises may be another error
         self._stream.open(self._loop)
+        self._verdict.open(self._loop)
         try:
             await self._start_processes()
         except BaseException:
@@ -127,19 +140,24 @@ class WorkerGroup:
             await self.aclose(abort=True)
             raise
         self._is_ready = True
+        self._watch.start(self._loop)
         self._events.emit("ready", detail=f"{self.world_size} ranks")
 
     async def _start_processes(self) -> None:
         """Wait for processes and set-up together: a rank may fail while others are still being started, and is then the cause."""
-        timeout = self._loop.call_later(self.config.deadlines.ready_s, self._on_ready_timeout)
+        alarm = Alarm(self._loop, self.config.deadlines.ready_s, self._on_ready_timeout)
         starting = self._loop.create_task(self._processes.start())
         try:
             await asyncio.wait([starting, self._ready], return_when=asyncio.FIRST_COMPLETED)
-            if not self._ready.done():
-                await starting
+            if self._ready.done():
+                self._ready.result()
+            await asyncio.wait([starting])  # all may be ready before the agent has told that it started them: cancelled, it would end them
+            if self._fault is not None:
+                raise self._fault
+            await starting
             await self._ready
         finally:
-            timeout.cancel()
+            alarm.cancel()
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
 
@@ -214,7 +232,22 @@ class WorkerGroup:
         statistics.sent_bytes = self._processes.publisher.sent_bytes
         statistics.replayed_frames = self._processes.publisher.replayed
         statistics.foreign_frames = self._processes.collector.dropped_foreign
+        statistics.impostor_frames = self._processes.impostor_frames
         return statistics
+
+    async def dump_stacks(self, *, timeout_s: float = 2.0) -> dict[int, str]:
+        """Return by rank what each process is doing: a line with the kernel's word, then the Python stacks of its threads.
+
+        Ranks are asked by a signal that they need not have the interpreter for; they go on as if nothing were. One that is stopped,
+        or does not answer within ``timeout_s``, has the first line only, with the reason.
+
+        Raises:
+            ClosedError: the group has not been started, or is closed.
+        """
+        self._check_started()
+        if self._close_task is not None:
+            raise ClosedError(f"group {self.launch_id} is closed: its ranks do nothing any more")
+        return await self._overdue.dump_stacks(self._limit(timeout_s))
 
     def events(self) -> AsyncIterator[GroupEvent]:
         """Return a stream of what happens to the group: from the first event on, however late it is asked for, to ``closed``.
@@ -231,6 +264,7 @@ class WorkerGroup:
 
         Raises:
             WorkerError: a rank failed while it was closing, or before and nobody has been told.
+            PeerLostError: what supervises the ranks was killed meanwhile, and they with it.
 
         Cancellation: closing goes on; whoever awaits it again finds it further on.
         """
@@ -239,42 +273,58 @@ class WorkerGroup:
                 self._events.emit("closed")
             return
         if asyncio.get_running_loop() is not self._loop:
-            self._processes.kill_nowait()
-            raise ClosedError(f"group {self.launch_id} belongs to another event loop; its ranks are killed: close it where it was started")
+            raise self._kill_from_elsewhere()
         if self._close_task is None:
             self._close_task = self._loop.create_task(self._close(abort))
         await asyncio.shield(self._close_task)
 
+    def _kill_from_elsewhere(self) -> ClosedError:
+        reason = f"group {self.launch_id} belongs to another event loop; its ranks are killed: close it where it was started"
+        if self._loop.is_running():  # in another thread
+            self._loop.call_soon_threadsafe(self._verdict.fail, ClosedError(reason))
+        else:
+            self._processes.kill_nowait()
+        return ClosedError(reason)
+
     async def _close(self, abort: bool) -> None:
         self._events.emit("closing")
-        drain_s = self.config.deadlines.drain_s
         closed = ClosedError(f"group {self.launch_id} is closed; launch a new one")
         if not self._ready.done():
             self._ready.set_exception(self._fault or closed)
-        graceful = self._is_ready and not abort and self._fault is None
-        last_fault: WorkerError | None = None  # of a rank's teardown
         try:
-            if graceful:
-                await self._stream.drain(drain_s)
-            self._is_closing = True
-            if graceful and self._fault is None:
-                self._stop_ranks()
-                self._signals_from = time.monotonic() + drain_s
-            await self._processes.stop(grace_s=drain_s if graceful and self._fault is None else 0.0)
-            if graceful and self._fault is None and self._faults:
-                last_fault = self._faults.first_cause()
-                if self.config.recorder is not None:
-                    self.config.recorder.failed(last_fault)
+            last_fault = await self._end_ranks(is_graceful=self._is_ready and not abort)
+        except BaseException:  # a second Ctrl-C cancels this task too, and the program may go on
+            self._processes.kill_nowait()
+            raise
         finally:
-            self._is_closing = True
+            self._verdict.stopping()
+            self._watch.close()
             self._stream.fail(self._fault or closed)
             self._stream.close()
+            await self._overdue.aclose()
             self._processes.close()
             self._events.emit("closed")
         self._fault = self._fault or last_fault
         is_told = self._is_fault_told or any(pending.has_raised for pending in self._failed)
         if self._fault is not None and not abort and not is_told:
             raise self._fault
+
+    async def _end_ranks(self, *, is_graceful: bool) -> ZspmdError | None:
+        """End the ranks, after their steps and by STOP if that is graceful; returns what went wrong with them then."""
+        drain_s = self.config.deadlines.drain_s
+        if is_graceful and self._fault is None:
+            await self._stream.drain(drain_s)
+        if not is_graceful or self._fault is not None:
+            self._verdict.stopping()
+            await self._processes.stop(grace_s=0.0)
+            return None
+        self._stop_ranks()
+        self._verdict.stopping(signals_after_s=drain_s)
+        await self._processes.stop(grace_s=drain_s)
+        fault = self._verdict.last_words()
+        if fault is not None and self.config.recorder is not None:
+            self.config.recorder.failed(fault)
+        return fault
 
     def _stop_ranks(self) -> None:
         with contextlib.suppress(BackpressureError):  # a rank that does not read is ended by signals
@@ -300,22 +350,16 @@ class WorkerGroup:
     # collecting
 
     def _on_result(self, frame: ResultFrame) -> None:
-        """Take one answer. A rank that breaks the protocol ends the group: what it has done is not known any more."""
         try:
             self._take(frame)
-        except (StepGapError, BackpressureError) as error:  # of a replay: the rank can never go on
-            self._fail(error)
-        except (ProtocolError, InternalError) as error:
-            broken = ProtocolError(f"rank {frame.rank} answered frame {frame.seq} with what it must not: {error}")
-            broken.__cause__ = error
-            self._fail(broken)
+        except (AnswerLostError, BackpressureError, InternalError, ProtocolError) as error:
+            self._verdict.misanswered(frame.rank, frame.seq, error)
 
     def _take(self, frame: ResultFrame) -> None:
         if frame.rank >= self.world_size:
             raise ProtocolError(f"{frame.kind.name} of rank {frame.rank}; the ranks are 0 to {self.world_size - 1}")
         if frame.kind is ResultKind.ERROR:
-            self._faults.raised(frame.rank, read_failure(frame))
-            self._settle()
+            self._verdict.raised(frame.rank, read_failure(frame))
             return
         self._stream.take(frame)
         if frame.kind is ResultKind.SYNC_ACK and not self._stream.in_flight and not self._ready.done():
@@ -323,40 +367,8 @@ class WorkerGroup:
 
     # failing
 
-    def _on_exit(self, rank: int, exit_code: int) -> None:
-        was_ours = exit_code in (-signal.SIGTERM, -signal.SIGKILL) and time.monotonic() >= self._signals_from
-        if self._is_closing and was_ours:
-            self._faults.failed(self._reports.not_ended(rank, self.config.deadlines.drain_s))
-        elif not self._is_closing or exit_code != 0:
-            self._faults.exited(rank, exit_code)
-            self._settle()
-
-    def _on_error(self, error: Exception) -> None:
-        """A socket or the agent failed in a way that is no rank's doing, or a peer broke the protocol."""
-        if isinstance(error, PeerLostError):
-            self._fail(error)
-        else:
-            print(f"zspmd: {self.launch_id}: {type(error).__name__}: {error}", file=sys.stderr)
-
-    def _on_broken(self, error: Exception) -> None:
-        """An answer could not be read: its acknowledgement is lost with it, so nothing that follows can be trusted."""
-        broken = ProtocolError(f"a rank's answer could not be read: {error}")
-        broken.__cause__ = error
-        self._fail(broken)
-
-    def _settle(self) -> None:
-        """Collect what else is heard for a moment, then name the first cause."""
-        if self._fault is None and not self._is_closing:
-            self._loop.call_later(SETTLE_S, self._conclude)
-
-    def _conclude(self) -> None:
-        if self._fault is None:
-            self._fail(self._faults.first_cause())
-
     def _fail(self, error: ZspmdError) -> None:
         """Raise ``error`` from every await, now and later, and end the ranks."""
-        if self._fault is not None or self._is_closing:
-            return
         self._fault = error
         if self.config.recorder is not None:
             self.config.recorder.failed(error)
@@ -373,15 +385,17 @@ class WorkerGroup:
             has_synced = self._stream.in_flight > 0  # before that, some have not subscribed
             self._ready.set_exception(self._processes.not_ready(self._stream.missing(0) if has_synced else None))
 
-    def _overdue(self, pending: PendingReply, missing: Sequence[int]) -> WorkerError:
-        error = self._reports.overdue(pending, missing)
+    def _give_up(self, pending: PendingReply, error: WorkerStalledError) -> None:
         self._events.emit("stalled", error.rank, str(error.args[0]))
-        return error
+        self._stream.give_up(pending, error)
 
     def _call_error(self, rank: int, failure: Failure) -> WorkerError:
-        log = FaultLog(self._reports.identity, self._processes.log_tail)
+        log = self._fault_log()
         log.raised(rank, failure)
         return log.first_cause()
+
+    def _fault_log(self) -> FaultLog:
+        return FaultLog(self._reports.identity, self._processes.log_tail)
 
     def _check_started(self) -> None:
         if not self._processes.is_open:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...backends import choose_communicator
 from ...config import Deadlines, ParallelConfig
 from ...errors import ConfigError, TopologyError
+from ...transport.security import check_bind_address
 from ..launch.devices import detect_devices
 from ..launch.launch_id import check_launch_id, generate_launch_id
 from .recording import FileRecorder, GroupRecorder, check_recording_path
@@ -44,6 +45,7 @@ class GroupConfig:
     on_log: OnLog | None = None
     on_progress: OnProgress | None = None
     recorder: GroupRecorder | None = None
+    bind: str | None = None
 
 
 def launch(
@@ -64,6 +66,7 @@ def launch(
     on_log: OnLog | None = None,
     on_progress: OnProgress | None = None,
     record: str | os.PathLike[str] | None = None,
+    bind: str | None = None,
 ) -> WorkerGroup:
     """Return a worker group; ``async with`` it to start the ranks and to end them.
 
@@ -87,8 +90,12 @@ def launch(
         record: a file to make, with all that passes between the driver and its ranks, for ``zspmd-run replay``; each rank writes the
             results of its collectives beside it, to ``<record>.r00000`` and so on. As large as all of these together.
 
+        bind: the IP address of this host at which the driver's sockets listen on TCP, with CURVE, and to which the ranks connect; None
+            keeps to sockets in the run directory, and opens no port at all.
+
     Raises:
         ConfigError, TopologyError: an argument out of its range; nothing was started.
+        InsecureEndpointError: ``bind`` means more than one address.
     """
     from .group import WorkerGroup
 
@@ -120,6 +127,7 @@ def launch(
             on_log=on_log,
             on_progress=on_progress,
             recorder=None if record is None else FileRecorder(check_recording_path(record)),
+            bind=None if bind is None else check_bind_address(bind),
         )
     )
 

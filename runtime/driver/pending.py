@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ...errors import ResultTakenError
+from .alarm import Alarm
 
 
 class PendingReply:
@@ -49,7 +50,7 @@ class PendingReply:
         self._is_taken = False
         self.has_raised = False
         self._callbacks: list[Callable[[], None]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm: Alarm | None = None
 
     @property
     def is_done(self) -> bool:
@@ -87,9 +88,9 @@ class PendingReply:
         else:
             self._callbacks.append(callback)
 
-    def expire_after(self, timeout_s: float, make_error: Callable[[PendingReply], BaseException]) -> None:
-        """Fail with what ``make_error`` returns unless all answers are there in time."""
-        self._timer = self._loop.call_later(timeout_s, lambda: self.fail(make_error(self)))
+    def expire_after(self, timeout_s: float, on_overdue: Callable[[PendingReply], None]) -> None:
+        """Call ``on_overdue`` unless all answers are there in time."""
+        self._alarm = Alarm(self._loop, timeout_s, partial(on_overdue, self))
 
     def answer(self, rank: int, value: Any) -> bool:
         """Take one awaited rank's answer, None of one that gives none; returns whether it was the last. Those after the end are dropped."""
@@ -109,8 +110,8 @@ class PendingReply:
 
     def _finish(self) -> None:
         self._is_done = True
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
         for callback in self._callbacks:
             callback()
         self._callbacks.clear()

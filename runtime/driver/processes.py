@@ -6,25 +6,31 @@ topic last -> when all have, the group publishes SYNC -> each rank answers it on
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import zmq
 
 from ...errors import LaunchError, PeerLostError, ReadyTimeoutError, describe_exit
 from ...transport.codec import ValueEncoder
 from ...transport.control_sockets import ControlServer
+from ...transport.door import Door
 from ...transport.frames import Buffer, ResultFrame, StepKind
 from ...transport.reader import SocketReader
 from ...transport.records import Bootstrap, Welcome
 from ...transport.schema import pack_record
+from ...transport.security import tcp_endpoint
 from ...transport.sockets import ResultCollector, StepPublisher
-from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, RankStarted, Start
+from ..launch.agent_protocol import AgentGone, AgentWarning, LaunchFailed, RankExited, RankLog, RankStart, RankStarted, Start
 from ..launch.plan import plan_local
 from ..launch.ports import reserve_port
+from ..launch.resources import check_resources, shortages_named
 from ..launch.run_directory import RunDirectory
 from ..launch.supervisor import AgentLost, Event, NodeSupervisor
 from .control import ControlHub, RankRecord
@@ -63,11 +69,13 @@ class GroupProcesses:
         self._on_broken = on_broken
         self._epoch = secrets.randbits(32)
         self._token = secrets.token_bytes(32)
+        self._door: Door | None = None  # where the sockets are TCP
         self._subscribed: set[int] = set()
         self._log_tails = [deque[str](maxlen=LOG_TAIL_LINES) for _ in range(config.parallel.world_size)]
         self.reports = RankReports(lambda: self.control.ranks, self.log_tail)
         self._cleanups: list[Callable[[], object]] = []
         self._supervisor: NodeSupervisor | None = None
+        self._has_launch_failed = False
         self.is_open = False  # whether the sockets were made; it stays so after close
 
     async def start(self) -> None:
@@ -75,51 +83,55 @@ class GroupProcesses:
 
         Raises:
             EndpointInUseError: a live launch has this launch id.
+            ResourceError: the system has too few descriptors, threads, memory or disk.
             LaunchError: a rank could not be started.
             ConfigError: the recording cannot be made.
             TypeError, ValueError: something in ``worker_args`` may not travel.
         """
         config = self._config
         self._worker_args = ValueEncoder().encode(dict(config.worker_args))
-        self.run_directory = RunDirectory.create(config.launch_id)
-        self._cleanups.append(self.run_directory.remove)
-        port = reserve_port(config.launch_id, "master")
-        self._cleanups.append(port.close)
-        self._open_sockets()
-        plan = plan_local(
-            launch_id=config.launch_id,
-            world_size=config.parallel.world_size,
-            master_port=port.port,
-            run_directory=str(self.run_directory.path),
-            devices=config.devices,
-        )
+        check_resources(config.parallel.world_size)
+        self._supervisor = NodeSupervisor(self._on_event)
+        self._supervisor.open()  # before there is a run directory: from now on somebody removes it, whatever becomes of the driver
+        with shortages_named():
+            self.run_directory = RunDirectory.create(config.launch_id)
+            self._cleanups.append(self.run_directory.remove)
+            port = reserve_port(config.launch_id, "master")
+            self._cleanups.append(port.close)
+            self._open_sockets()
+            plan = plan_local(
+                launch_id=config.launch_id,
+                world_size=config.parallel.world_size,
+                master_port=port.port,
+                run_directory=str(self.run_directory.path),
+                devices=config.devices,
+            )
         if config.recorder is not None:
             self._cleanups.append(config.recorder.close)
             threads = plan.rank_environment(0)["OMP_NUM_THREADS"]
             config.recorder.starting(config, self._epoch, self._worker_args, omp_num_threads=threads)
-        bootstrap = Bootstrap(launch_id=config.launch_id, control_endpoint=self.run_directory.endpoint("control"), token=self._token)
-        secret = pack_record(bootstrap)
-        self._supervisor = NodeSupervisor(
-            Start(
-                ranks=tuple(RankStart(r.rank, plan.rank_environment(r.rank), secret) for r in plan.ranks),
-                start_method=config.start_method,
-                argv=(sys.executable, "-m", "zspmd.workers.main"),
-                preload=("zspmd.workers.main", *config.preload),
-                cwd=os.getcwd(),
-                sys_path=tuple(map(os.path.abspath, sys.path)),
-                log_dir=config.log_dir,
-                kill_s=config.deadlines.kill_s,
-            ),
-            self._on_event,
-            run_directory=self.run_directory,
+        order = Start(
+            ranks=tuple(RankStart(r.rank, plan.rank_environment(r.rank), self._secret(r.rank)) for r in plan.ranks),
+            start_method=config.start_method,
+            argv=(sys.executable, "-m", "zspmd.workers.main"),
+            preload=("zspmd.workers.main", *config.preload),
+            cwd=os.getcwd(),
+            sys_path=tuple(map(os.path.abspath, sys.path)),
+            log_dir=config.log_dir,
+            kill_s=config.deadlines.kill_s,
         )
-        await self._supervisor.start(config.deadlines.ready_s + START_MARGIN_S)
+        await self._supervisor.start(order, self.run_directory, config.deadlines.ready_s + START_MARGIN_S)
 
     async def stop(self, *, grace_s: float) -> None:
         """End the ranks within ``grace_s`` and twice ``deadlines.kill_s``; works half-started."""
         if self._supervisor is not None:
             await self._supervisor.stop(grace_s, self._config.deadlines.kill_s)
+        if self.is_open:
             self._result_reader.drain()  # what a rank said last
+
+    async def dump_stacks(self, timeout_s: float) -> dict[int, str]:
+        """Return by rank what each process is doing: the kernel's word, and the Python stacks of its threads."""
+        return {} if self._supervisor is None else await self._supervisor.dump_stacks(timeout_s)
 
     def kill_nowait(self) -> None:
         """Have every rank ended at once; ``stop`` waits for it."""
@@ -128,8 +140,10 @@ class GroupProcesses:
 
     def close(self) -> None:
         """Close the sockets and remove the run directory; the processes must have ended."""
-        while self._cleanups:
-            self._cleanups.pop()()
+        with contextlib.ExitStack() as stack:  # the last first, and each of them whatever another raises
+            for cleanup in self._cleanups:
+                stack.callback(cleanup)
+            self._cleanups.clear()
 
     def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
         """Publish one frame to every rank; raises as ``StepPublisher.publish``."""
@@ -150,6 +164,11 @@ class GroupProcesses:
         self.publisher.tick()
         self._subscription_reader.poke()
 
+    @property
+    def impostor_frames(self) -> int:
+        """How many messages ranks have sent in the name of others."""
+        return 0 if self._door is None else self._door.impostor_frames
+
     def log_tail(self, rank: int) -> list[str]:
         """Return the last lines that a rank printed."""
         return list(self._log_tails[rank])
@@ -164,12 +183,15 @@ class GroupProcesses:
     def _open_sockets(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._cleanups.append(lambda: context.destroy(linger=0))
-        self.publisher = StepPublisher(context, self.run_directory.endpoint("step"), epoch=self._epoch)
+        self._open_door(context)
+        self.publisher = StepPublisher(context, self._endpoint("step"), epoch=self._epoch, door=self._door)
         self._cleanups.append(self.publisher.close)
-        self.collector = ResultCollector(context, self.run_directory.endpoint("result"), epoch=self._epoch)
+        self.collector = ResultCollector(context, self._endpoint("result"), epoch=self._epoch, door=self._door)
         self._cleanups.append(self.collector.close)
+        server = ControlServer(context, self._endpoint("control"), self._door)
+        self._control_endpoint = server.endpoint
         self.control = ControlHub(
-            ControlServer(context, self.run_directory.endpoint("control")),
+            server,
             token=self._token,
             world_size=self._config.parallel.world_size,
             on_hello=self._welcome,
@@ -182,6 +204,27 @@ class GroupProcesses:
         self._result_reader = SocketReader(self.control.loop, self.collector.socket, self._read_result, self._on_broken)
         self._cleanups.append(self._result_reader.close)
         self.is_open = True
+
+    def _open_door(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        """Have somebody at the door before there is one; within a host there is none."""
+        if self._config.bind is None:
+            return
+        self._door = Door(context, self._config.parallel.world_size, self._events.emit)
+        self._cleanups.append(self._door.close)
+        reader = SocketReader(asyncio.get_running_loop(), self._door.socket, self._door.answer_one, self._on_error)
+        self._cleanups.append(reader.close)
+
+    def _endpoint(self, name: str) -> str:
+        bind = self._config.bind
+        return self.run_directory.endpoint(name) if bind is None else tcp_endpoint(bind)
+
+    def _secret(self, rank: int) -> bytes:
+        """Return what opens the door for one rank, and for it alone where there are keys."""
+        bootstrap = Bootstrap(launch_id=self._config.launch_id, control_endpoint=self._control_endpoint, token=self._token)
+        if self._door is not None:
+            keys = self._door.rank_keys(rank)
+            bootstrap = replace(bootstrap, public_key=keys.public, secret_key=keys.secret, server_key=keys.server)
+        return pack_record(bootstrap)
 
     def _read_result(self) -> None:
         frame = self.collector.receive()
@@ -207,8 +250,8 @@ class GroupProcesses:
         self._events.emit("connected", rank.rank, f"pid {rank.pid} on {rank.host}")
         welcome = Welcome(
             epoch=self._epoch,
-            step_endpoint=self.run_directory.endpoint("step"),
-            result_endpoint=self.run_directory.endpoint("result"),
+            step_endpoint=self.publisher.endpoint,
+            result_endpoint=self.collector.endpoint,
             worker=config.worker,
             main_path=config.main_path,
             output_ranks=config.output_ranks,
@@ -237,7 +280,10 @@ class GroupProcesses:
         elif isinstance(event, RankExited):
             self._result_reader.drain()  # an error that the rank sent before it ended comes first
             self._events.emit("exited", event.rank, f"pid {event.pid} {describe_exit(event.exit_code)}")
-            self._on_exit(event.rank, event.exit_code)
+            if not self._has_launch_failed:  # else the agent has ended it, and ``start`` raises why
+                self._on_exit(event.rank, event.exit_code)
+        elif isinstance(event, LaunchFailed):
+            self._has_launch_failed = True
         elif isinstance(event, RankStarted):
             self.control.ranks[event.rank].pid = event.pid
             self._events.emit("started", event.rank, f"pid {event.pid}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...errors import WorkerStalledError
 from .control import RankRecord
 from .faults import RankIdentity
 from .pending import PendingReply
 from .statistics import RankHealth
+
+STOPPED = "stopped"  # in the first line of a process's stacks, where the kernel has stopped it
+_COLLECTIVES = ("workers/communicators/", "torch/distributed/")  # files that a rank is in while it waits for its peers
 
 
 class RankReports:
@@ -23,24 +26,26 @@ class RankReports:
     def __init__(self, records: Callable[[], Sequence[RankRecord]], log_tail: Callable[[int], list[str]]) -> None:
         self._records = records
         self._log_tail = log_tail
+        self.step_of = self._beat_step  # the group knows better: what a rank has acknowledged is newer than its last beat
 
     def identity(self, rank: int) -> RankIdentity:
         """Return where a rank runs and the step it began last, as far as is known."""
         record = self._records()[rank]
-        step_id = record.beat.step_id if record.beat is not None and record.beat.step_id >= 0 else None
-        return RankIdentity(record.host, record.pid, step_id)
+        return RankIdentity(record.host, record.pid, self.step_of(rank))
 
     def health(self) -> list[RankHealth]:
         """Return what each rank last said of itself."""
         return [self._health(record) for record in self._records()]
 
-    def overdue(self, pending: PendingReply, missing: Sequence[int]) -> WorkerStalledError:
-        """Return the error of a step or call that ``missing`` ranks have not done; blames the one that is furthest behind."""
+    def overdue(self, pending: PendingReply, missing: Sequence[int], waited_s: float, stacks: Mapping[int, str]) -> WorkerStalledError:
+        """Return the error of a step or call that ``missing`` ranks have not done within ``waited_s``.
+
+        It blames a rank that is stopped before others, and one that waits for its peers in a collective last; else the one furthest behind.
+        """
         what = "the call" if pending.step_id is None else f"step {pending.step_id}"
-        waited = time.monotonic() - pending.published_ns / 1e9
         listed = ", ".join(self._describe(rank) for rank in missing)
-        behind = min(missing, key=self._last_seq)
-        return self._stalled(behind, f"no answer to {what} within {waited:.3g} s; not done with it are {listed}", missing)
+        behind = min(missing, key=lambda rank: (_suspicion(stacks.get(rank, "")), self._last_seq(rank)))
+        return self._stalled(behind, f"no answer to {what} within {waited_s:.3g} s; not done with it: {listed}", missing, stacks)
 
     def not_ended(self, rank: int, drain_s: float) -> WorkerStalledError:
         """Return the error of a rank that had to be ended by signals."""
@@ -56,11 +61,12 @@ class RankReports:
         progress = f" at {record.progress.done} of {record.progress.total} {record.progress.what}" if record.progress else ""
         return f"(pid {record.pid}) is in its {record.beat.phase if record.beat else 'setup'}{progress}"
 
-    def _stalled(self, rank: int, message: str, missing: Sequence[int]) -> WorkerStalledError:
+    def _stalled(self, rank: int, message: str, missing: Sequence[int], stacks: Mapping[int, str] | None = None) -> WorkerStalledError:
         where = self.identity(rank)
         return WorkerStalledError(
             message,
             missing=missing,
+            stacks=stacks,
             rank=rank,
             host=where.host,
             pid=where.pid,
@@ -72,6 +78,10 @@ class RankReports:
         """Return the last frame that a rank is known to have begun."""
         beat = self._records()[rank].beat
         return -1 if beat is None else beat.seq
+
+    def _beat_step(self, rank: int) -> int | None:
+        beat = self._records()[rank].beat
+        return beat.step_id if beat is not None and beat.step_id >= 0 else None
 
     def _health(self, record: RankRecord) -> RankHealth:
         beat, age = record.beat, None if record.beat_at is None else time.monotonic() - record.beat_at
@@ -95,3 +105,10 @@ class RankReports:
         health = self._health(self._records()[rank])
         beat = "no beat yet" if health.beat_age_s is None else f"last beat {health.beat_age_s:.1f} s ago"
         return f"rank {rank} (pid {health.pid}, phase {health.phase}, {beat})"
+
+
+def _suspicion(stack: str) -> int:
+    """Rank what a process is doing by how likely it keeps the others waiting; the likeliest first."""
+    if STOPPED in stack.partition("\n")[0]:
+        return 0
+    return 2 if any(place in stack for place in _COLLECTIVES) else 1

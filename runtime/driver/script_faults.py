@@ -119,7 +119,7 @@ def read_report(text: str) -> tuple[str, ...]:
     """Return the traceback in a report of torch's ``@record``, or its message; empty for no report or one of another form."""
     try:
         message = json.loads(text)["message"] if text else ""
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ()
     if isinstance(message, dict):
         extra = message.get("extraInfo")

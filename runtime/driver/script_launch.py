@@ -29,6 +29,7 @@ from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog
 from ..launch.options import ScriptOptions
 from ..launch.plan import LaunchPlan, plan_local
 from ..launch.ports import ReservedPort, hold_port, reserve_port
+from ..launch.resources import check_resources, shortages_named
 from ..launch.run_directory import RunDirectory
 from ..launch.script_console import ScriptConsole
 from ..launch.supervisor import AgentLost, Event, NodeSupervisor
@@ -72,6 +73,7 @@ class ScriptLaunch:
 
         Raises:
             EndpointInUseError: a live launch has this launch id, or the port that was asked for is taken.
+            ResourceError: the system has too few descriptors, threads, memory or disk.
             LaunchError: a rank could not be started, or did not end even after SIGKILL.
             PeerLostError: the agent that supervises the ranks was killed.
 
@@ -80,14 +82,17 @@ class ScriptLaunch:
         if self._signals:  # before anything was started
             return 128 + self._signals[0]
         with contextlib.ExitStack() as cleanups:
-            directory = RunDirectory.create(self._options.launch_id)
-            cleanups.callback(directory.remove)
-            port = cleanups.enter_context(self._hold_port())
-            self._open_store(directory, cleanups)
-            plan = script_plan(self._options, port.port, str(directory.path))
-            self._supervisor = NodeSupervisor(self._order(plan, directory), self._on_event, run_directory=directory)
+            check_resources(self._options.world_size)
+            self._supervisor = NodeSupervisor(self._on_event)
             try:
-                await self._follow(self._supervisor)
+                self._supervisor.open()
+                with shortages_named():
+                    directory = RunDirectory.create(self._options.launch_id)
+                    cleanups.callback(directory.remove)
+                    port = cleanups.enter_context(self._hold_port())
+                    self._open_store(directory, cleanups)
+                plan = script_plan(self._options, port.port, str(directory.path))
+                await self._follow(self._supervisor, self._order(plan, directory), directory)
             finally:
                 await self._supervisor.stop(0.0, KILL_S)
         return await self._conclude()
@@ -145,10 +150,10 @@ class ScriptLaunch:
             kill_s=KILL_S,
         )
 
-    async def _follow(self, supervisor: NodeSupervisor) -> None:
+    async def _follow(self, supervisor: NodeSupervisor, order: Start, directory: RunDirectory) -> None:
         self._started_at = self._loop.time()
         try:
-            await supervisor.start(START_S)
+            await supervisor.start(order, directory, START_S)
         except LaunchError:
             if not self._signals:  # whoever ends a launch that is just starting gets no error for it
                 raise

@@ -46,6 +46,7 @@ class GroupStatistics:
         in_flight: frames not yet acknowledged by every rank.
         replayed_frames: sent again to a rank that had missed them.
         foreign_frames: frames of another launch that were dropped.
+        impostor_frames: over TCP, messages that a rank sent in the name of another; they were dropped.
         late_answers: answers to steps and calls whose await had ended.
         round_trip: from the call of ``submit``, once it had room, to the last answer; the sum of the four that follow.
         publish: of it, encoding the inputs.
@@ -60,6 +61,7 @@ class GroupStatistics:
     in_flight: int = 0
     replayed_frames: int = 0
     foreign_frames: int = 0
+    impostor_frames: int = 0
     late_answers: int = 0
     round_trip: LatencyHistogram = field(default_factory=LatencyHistogram)
     publish: LatencyHistogram = field(default_factory=LatencyHistogram)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import InternalError, ProtocolError, ZspmdError
 from ...transport.codec import ValueEncoder, decode_value
 from ...transport.frames import Buffer, ResultFrame, ResultKind, StepKind
+from ...transport.messages import is_sent_in_place
 from ...transport.records import Failure, unpack_record
-from ...transport.sockets import is_sent_in_place
 from ...transport.window import CreditWindow
 from .gate import WindowGate
 from .pending import PendingReply
@@ -28,7 +29,7 @@ class StepStream:
     """Publishes frames and takes what ranks answer to them; belongs to one event loop from ``open`` on.
 
     Args:
-        overdue: returns the error of a step or call that the given ranks have not done in time.
+        on_overdue: gets each step or call that is not answered in time, with the ranks that have not done it; it is to end in ``give_up``.
         call_error: returns the error of a call that raised on a rank.
     """
 
@@ -38,18 +39,20 @@ class StepStream:
         *,
         window: int,
         num_ranks: int,
-        overdue: Callable[[PendingReply, Sequence[int]], ZspmdError],
+        on_overdue: Callable[[PendingReply, Sequence[int]], None],
         call_error: Callable[[int, Failure], ZspmdError],
     ) -> None:
         self.statistics = GroupStatistics()
         self._processes = processes
-        self._overdue = overdue
+        self._on_overdue = on_overdue
         self._call_error = call_error
         self._encoder = ValueEncoder()
         self._window = CreditWindow(size=window, num_ranks=num_ranks)
         self._gate = WindowGate(self._window)
         self._all_ranks = range(num_ranks)
         self._pending: dict[int, PendingReply] = {}
+        self._step_id: int | None = None  # of the step that was published last
+        self._step_ids: deque[int | None] = deque()  # the same at each frame in flight, oldest first
         self._replayed: dict[int, tuple[int, int]] = {}  # by rank: the frame it missed last, and how many ticks there had been
 
     @property
@@ -71,6 +74,16 @@ class StepStream:
         """Return the ranks that have not acknowledged frame ``seq``."""
         return self._window.missing(seq)
 
+    def step_of(self, rank: int) -> int | None:
+        """Return the step that a rank is at: the first that it has not acknowledged, or the last if it has done all; None before it."""
+        place = self._window.due(rank) - self._window.oldest
+        return self._step_ids[place] if place < len(self._step_ids) else self._step_id
+
+    @property
+    def window(self) -> CreditWindow:
+        """What is in flight, and which rank has acknowledged what."""
+        return self._window
+
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Bind to the loop that everything is called on."""
         self._loop = loop
@@ -90,7 +103,7 @@ class StepStream:
         try:
             body, buffers = self._encoder.encode(value)
             published_ns = time.monotonic_ns()
-            seq = self.publish(kind, body, buffers)
+            seq = self.publish(kind, body, buffers, step_id)
         except BaseException:
             self._gate.grant()
             raise
@@ -100,10 +113,12 @@ class StepStream:
         self._pending[seq] = pending
         return pending
 
-    def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
+    def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = (), step_id: int | None = None) -> int:
         """Publish one frame, window or not, and return its number."""
         seq = self._processes.publish(kind, body, buffers)
         self._window.opened(seq)
+        self._step_id = self._step_id if step_id is None else step_id
+        self._step_ids.append(self._step_id)
         self._ticker.arm()
         return seq
 
@@ -112,6 +127,7 @@ class StepStream:
 
         Raises:
             StepGapError, BackpressureError: it cannot be sent again.
+            AnswerLostError: an earlier answer of the rank never came.
             ProtocolError, InternalError: an acknowledgement or answer that breaks the protocol.
         """
         kind = frame.kind
@@ -120,6 +136,8 @@ class StepStream:
             return
         if self._window.acknowledged(frame.rank, frame.seq):
             self._processes.publisher.forget(self._window.oldest)
+            while len(self._step_ids) > self._window.in_flight:
+                self._step_ids.popleft()
             self._ticker.moved()
             self._gate.grant()
         if kind is ResultKind.OUTPUT or kind is ResultKind.REPLY:
@@ -148,6 +166,12 @@ class StepStream:
         if self._pending:
             await asyncio.wait([pending.wait_done() for pending in self._pending.values()], timeout=timeout_s)
 
+    def give_up(self, pending: PendingReply, error: ZspmdError) -> None:
+        """Wait no longer for the answers to a step or call: its await raises ``error``, unless they have come by now."""
+        if self._pending.get(pending.seq) is pending:
+            del self._pending[pending.seq]
+            pending.fail(error)
+
     def fail(self, error: ZspmdError) -> None:
         """Raise ``error`` from every await of an answer or of room."""
         for pending in self._pending.values():
@@ -173,9 +197,8 @@ class StepStream:
             del self._pending[frame.seq]
             self.statistics.record(pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us)
 
-    def _expired(self, pending: PendingReply) -> ZspmdError:
-        del self._pending[pending.seq]
-        return self._overdue(pending, self._window.missing(pending.seq) or pending.missing)
+    def _expired(self, pending: PendingReply) -> None:
+        self._on_overdue(pending, self._window.missing(pending.seq) or pending.missing)
 
 
 def read_failure(frame: ResultFrame) -> Failure:

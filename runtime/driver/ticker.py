@@ -30,9 +30,11 @@ class Ticker:
         self.num_ticks = 0
 
     def arm(self) -> None:
-        """Begin to watch; call it after each publication."""
+        """Begin to watch, as closely as the first; call it after each publication: also of a STOP after a long silence."""
         if self._timer is None:
             self._restart()
+        else:
+            self.moved()
 
     def moved(self) -> None:
         """Note that the window has moved, or a frame was sent again: it is watched as closely as the first."""

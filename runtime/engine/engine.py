@@ -48,7 +48,7 @@ class Engine:
         model: a Hugging Face directory, or "demo" for the small model that ships with zspmd.
         parallel: how the model is spread; the engine uses tp.
         config: slots, blocks, budgets and dtype.
-        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record: as in ``zspmd.launch``.
+        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record, bind: as in ``zspmd.launch``.
         restart: replace workers that fail, and go on with every request where its stream stopped; None ends the engine with the fault.
         on_restart: called with a line of text at each restart; None prints it to stderr.
 
@@ -70,6 +70,7 @@ class Engine:
         on_log: OnLog | None = None,
         on_progress: OnProgress | None = None,
         record: str | Path | None = None,
+        bind: str | None = None,
         restart: RestartPolicy | None = None,
         on_restart: Callable[[str], None] | None = None,
     ) -> None:
@@ -87,6 +88,7 @@ class Engine:
             "on_log": on_log,
             "on_progress": on_progress,
             "record": record,
+            "bind": bind,
         }
         self._streams: dict[str, RequestStream] = {}
         self._completions: dict[str, tuple[RequestStream, Completion]] = {}
@@ -274,7 +276,8 @@ class Engine:
             self._recovery.advance(is_drained=not self._in_flight)
         step = self._scheduler.schedule() if len(self._in_flight) < self.config.window else None
         if step is not None:
-            pending = await self.group.submit(encode_batch_step(step.batch))
+            assert self._ranks is not None
+            pending = await self._ranks.submit(encode_batch_step(step.batch), [pending for _, pending in self._in_flight])
             pending.add_done_callback(self._wake.set)
             self._in_flight.append((step, pending))
         elif self._in_flight and self._in_flight[0][1].is_done:

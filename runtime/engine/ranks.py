@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ...config import EngineConfig
+from ...errors import BackpressureError
 from ..driver.group import WorkerGroup
+from ..driver.pending import PendingReply
 from .checkpoint import choose_num_blocks
 
 
@@ -58,6 +61,19 @@ class EngineRanks:
             await self._serve()
         except BaseException:
             await self.group.aclose(abort=True)
+            raise
+
+    async def submit(self, inputs: Any, in_flight: Sequence[PendingReply]) -> PendingReply:
+        """Publish one step; raises as ``WorkerGroup.submit``.
+
+        Where a rank hangs there may be no room first. The step before is then overdue as well, and its error, which says where everybody
+        is, is the one that is raised.
+        """
+        try:
+            return await self.group.submit(inputs)
+        except BackpressureError:
+            for pending in in_flight:
+                await pending
             raise
 
     async def aclose(self, *, abort: bool) -> None:

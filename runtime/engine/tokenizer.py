@@ -1,26 +1,23 @@
 """Text to tokens and back with the checkpoint's own ``tokenizer.json`` and chat template; imports no Transformers.
 
-Chat templates come with the checkpoint, so they run in Jinja's sandbox and see plain JSON data only. What they may use is what
-Transformers offers them (``utils/chat_template_utils.py``): ``raise_exception``, ``strftime_now``, ``tojson``, loop controls and
-the ``generation`` block.
+Every file has a size limit and is parsed as data; ``chat_template`` runs the template, bounded and in a sandbox.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
 from ...errors import CheckpointError, RequestError
+from ...safetensors_files import read_json_object, read_small_file
+from .chat_template import ChatTemplate
+
+MAX_TOKENIZER_BYTES = 256 << 20  # the largest have a tenth of it
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 class Tokenizer:
@@ -40,7 +37,7 @@ class Tokenizer:
         self._backend = backend
         self._chat_template = chat_template
         self._special_tokens = dict(special_tokens or {})
-        self._compiled: jinja2.Template | None = None
+        self._compiled: ChatTemplate | None = None
         self.special_token_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
     @classmethod
@@ -54,9 +51,12 @@ class Tokenizer:
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{directory} has no tokenizer.json; add one, or give prompts as token ids")
+        text = read_small_file(file, max_bytes=MAX_TOKENIZER_BYTES)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises nothing more specific
+            backend = tokenizers.Tokenizer.from_buffer(text)
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
             raise CheckpointError(f"{file} cannot be read: {error}") from error
         config = _read_json(directory / "tokenizer_config.json")
         special_tokens = _special_tokens(_read_json(directory / "special_tokens_map.json")) | _special_tokens(config)
@@ -73,7 +73,12 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the prompt is no text that UTF-8 can hold: {error}") from error
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            raise RequestError(f"tokenizer.json cannot encode this prompt: {error}") from error
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the text of a conversation as the model was trained to see it, ending where the assistant's answer begins.
@@ -89,78 +94,34 @@ class Tokenizer:
             raise RequestError("chat messages must be a list of at least one mapping with role and content")
         try:
             plain = json.loads(json.dumps([dict(message) for message in messages]))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"chat messages may hold JSON data only: {error}") from error
-        template = self._template()
-        try:
-            return template.render(messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        return self._template().render(messages=plain, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, special ones left out; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._backend.decode(token_ids, skip_special_tokens=True))
+        try:
+            return str(self._backend.decode(token_ids, skip_special_tokens=True))
+        except BaseException as error:
+            if not _is_of_tokenizers(error):
+                raise
+            raise CheckpointError(f"tokenizer.json cannot decode {len(token_ids)} tokens: {error}") from error
 
-    def _template(self) -> jinja2.Template:
+    def _template(self) -> ChatTemplate:
         if self._compiled is None:
             if self._chat_template is None:
                 raise RequestError("this checkpoint has no chat template; give the prompt as text, or add chat_template.jinja to it")
-            try:
-                self._compiled = _template_environment().from_string(self._chat_template)
-            except jinja2.TemplateSyntaxError as error:
-                raise CheckpointError(f"the chat template is malformed at its line {error.lineno}: {error.message}") from error
+            self._compiled = ChatTemplate(self._chat_template)
         return self._compiled
 
 
-class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's turns for training; here its body counts as if it stood alone."""
-
-    tags = {"generation"}  # noqa: RUF012  # jinja2 declares it as an instance attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _template_environment() -> jinja2.Environment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """As Transformers has it: Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Whether the package raised this: it has no types of its own, and a panic of its Rust code is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} holds a {type(data).__name__}; a JSON object was expected")
-    return data
+    return read_json_object(file) if file.exists() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -175,8 +136,11 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _find_chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if file.exists():
+        try:
+            return read_small_file(file, max_bytes=MAX_TEMPLATE_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is no UTF-8: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         template = _default_of(template)
@@ -186,5 +150,5 @@ def _find_chat_template(directory: Path, config: Mapping[str, Any]) -> str | Non
 
 
 def _default_of(templates: Iterable[Any]) -> Any:
-    named = {entry["name"]: entry["template"] for entry in templates if isinstance(entry, dict) and {"name", "template"} <= entry.keys()}
-    return named.get("default")
+    entries = [entry for entry in templates if isinstance(entry, dict) and entry.get("name") == "default"]
+    return entries[-1].get("template") if entries else None

@@ -1,14 +1,14 @@
-"""The supervisor of one node's ranks: ``python -m zspmd.runtime.launch.agent``, with its driver on standard input and output.
+"""The supervisor of one node's ranks, forked by its guard (``guard.py``), with its driver on standard input and output.
 
-    driver (or ssh) ==records==> agent, child subreaper, in its own session
-                                   ├─ zygote          only while ranks are being forked
-                                   ├─ rank 0          own session, dies with the agent
-                                   ├─ rank 1 ── child of it
-                                   └─ orphan of a rank, adopted
+    driver ==records==> agent, child subreaper, in a session with its guard
+                          ├─ zygote          only while ranks are being forked
+                          ├─ rank 0          own session, dies with the agent
+                          ├─ rank 1 ── child of it
+                          └─ orphan of a rank, adopted
 
-It ends when its ranks have ended, when it is told to, or when its driver is gone: the stream ended, or the driver's pidfd fired,
-which a fork of the driver that still holds the stream cannot hide. Whatever the reason, it leaves no process: it kills its ranks'
-groups, then every child that it has or adopts until it has none, removes the run directory, and reports ``AgentGone`` last.
+It ends when its ranks have ended, when it is told to, when its guard is gone, or its driver: the stream ended, or the driver's pidfd
+fired, which a fork of the driver that still holds the stream cannot hide. Whatever the reason, it leaves no process: it kills its
+ranks' groups, then every child that it has or adopts until it has none, removes the run directory, and reports ``AgentGone`` last.
 
 The loop's thread starts every process, since a parent-death signal is bound to the thread that forked.
 """
@@ -16,33 +16,41 @@ The loop's thread starts every process, since a parent-death signal is bound to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 from ...errors import BadFrameError, LaunchError
-from ...process import become_subreaper, child_pids, has_children
+from ...process import become_subreaper, child_pids, end_child, has_children, name_process
 from .agent_protocol import (
     AgentGone,
     AgentRecord,
+    AgentStarted,
     AgentWarning,
+    DumpStacks,
+    GuardGone,
     Hold,
     LaunchFailed,
     RankExited,
     RankLog,
+    RankStack,
     RankStart,
     RankStarted,
     Release,
     Signal,
+    StacksDone,
     Start,
     Stop,
 )
 from .rank_process import RankProcess
 from .rank_starting import Zygote, spawn_rank
 from .record_stream import RecordStream
-from .run_directory import RunDirectory
+from .resources import launch_error
+from .run_directory import RunDirectory, remove_dead_directories
 
 _MAX_PENDING_LOG_BYTES = 8 << 20
 _PACE_PERIOD_S = 0.02
@@ -55,14 +63,17 @@ _MIN_REAP_S = 2.0  # for what is killed at once, too
 class Agent:
     """Starts the ranks that its driver orders, reports what becomes of them, and ends them."""
 
-    def __init__(self, read_fd: int, write_fd: int) -> None:
+    def __init__(self, read_fd: int, write_fd: int, *, driver_pidfd: int, guard_pidfd: int, handover: socket.socket) -> None:
         self._stream = RecordStream(read_fd, write_fd, self._on_record, self._on_end)
+        self._driver_pidfd = driver_pidfd
+        self._guard_pidfd = guard_pidfd
+        self._handover = handover
+        self._is_driver_gone = False
+        self._is_guard_gone = False
         self._change = asyncio.Event()
         self._order: Start | None = None
         self._ranks: dict[int, RankProcess] = {}
         self._zygote: Zygote | None = None
-        self._run_directory: RunDirectory | None = None
-        self._driver_pidfd = -1
         self._kill_s = _DEFAULT_KILL_S
         # When the ranks get SIGTERM and SIGKILL, on the loop's clock.
         self._term_at = math.inf
@@ -71,6 +82,8 @@ class Agent:
         self._num_lines_dropped = 0
         self._is_held = False
         self._pacing: asyncio.TimerHandle | None = None
+        self._dumps: set[asyncio.Task[None]] = set()
+        self._dumping = asyncio.Lock()
 
     async def run(self) -> None:
         """Serve until nothing is left to supervise."""
@@ -80,21 +93,33 @@ class Agent:
             loop.add_signal_handler(number, self._stop, 0.0, _DEFAULT_KILL_S)
         loop.add_signal_handler(signal.SIGQUIT, self._stop, 0.0, 0.0)
         loop.add_signal_handler(signal.SIGCHLD, self._reap_orphans)
+        loop.add_reader(self._driver_pidfd, self._on_driver_end)
+        loop.add_reader(self._guard_pidfd, self._on_guard_end)
         self._stream.open()
+        self._stream.send(AgentStarted(os.getpid()))
         try:
             await self._supervise()
         finally:
             left = await self._end_all()
             self._remove_run_directory()
-            self._stream.send(AgentGone(tuple(sorted(left))))
+            self._stream.send(GuardGone() if self._is_guard_gone else AgentGone(tuple(sorted(left))))
             await self._stream.wait_flushed(_FLUSH_S)
+            with contextlib.suppress(ProcessLookupError):  # gone and reaped
+                signal.pidfd_send_signal(self._guard_pidfd, signal.SIGCONT)  # a stopped one would outlive all the others
             self._stream.close()
 
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
         starting: asyncio.Task[None] | None = None
         try:
-            while loop.time() < self._kill_at:
+            while True:
+                now = loop.time()
+                if now >= self._term_at:
+                    self._kill_at += now - self._term_at  # a pause of this process takes nothing from the time after SIGTERM
+                    self._term_at, self._is_terminated = math.inf, True
+                    self._signal_groups(signal.SIGTERM, signal.SIGCONT)
+                if now >= self._kill_at:
+                    return
                 is_stopping = self._kill_at < math.inf
                 if self._order is not None and starting is None:
                     starting = loop.create_task(self._start_ranks(self._order))
@@ -104,9 +129,6 @@ class Agent:
                     starting.result()
                 if (is_stopping and not is_started) or (is_started and not self._running()):
                     return
-                if loop.time() >= self._term_at:
-                    self._term_at, self._is_terminated = math.inf, True
-                    self._signal_groups(signal.SIGTERM, signal.SIGCONT)
                 await self._wait_change(min(self._term_at, self._kill_at))
         finally:
             if starting is not None:
@@ -135,13 +157,14 @@ class Agent:
                 self._zygote.kill()
                 self._zygote = None
         except (LaunchError, OSError) as error:
-            self._stream.send(LaunchFailed(str(error)))
+            reason = launch_error("a rank cannot be started", error) if isinstance(error, OSError) else error
+            self._stream.send(LaunchFailed(str(reason)))
             self._kill_at = 0.0
 
     async def _start_rank(self, order: Start, start: RankStart) -> None:
         error_file = start.environment.get("TORCHELASTIC_ERROR_FILE")
         rank = self._ranks[start.rank] = RankProcess(start.rank, order.log_dir, self._report, self._change.set, error_file)
-        write_fds = rank.open_output()
+        write_fds = rank.open()
         try:
             if self._zygote is not None:
                 pid = await self._zygote.fork_rank(start, *write_fds)
@@ -157,7 +180,8 @@ class Agent:
 
     def _on_record(self, record: AgentRecord) -> None:
         if isinstance(record, Start) and self._order is None:
-            self._accept(record)
+            self._order = record
+            self._kill_s = record.kill_s
         elif isinstance(record, Stop):
             self._stop(record.grace_s, record.kill_s)
         elif isinstance(record, Signal):
@@ -166,33 +190,29 @@ class Agent:
         elif isinstance(record, (Hold, Release)):
             self._is_held = isinstance(record, Hold)
             self._pace()
+        elif isinstance(record, DumpStacks):
+            dump = asyncio.get_running_loop().create_task(self._dump_stacks(record.request))
+            self._dumps.add(dump)
+            dump.add_done_callback(self._dumps.discard)
         else:
             self._stream.send(AgentWarning(f"the order {type(record).__name__} was not expected and is ignored"))
         self._change.set()
 
-    def _accept(self, order: Start) -> None:
-        self._order = order
-        self._kill_s = order.kill_s
-        if order.run_directory is not None and order.lock_fd >= 0:
-            os.set_inheritable(order.lock_fd, False)  # else the ranks would hold the lock too
-            self._run_directory = RunDirectory(Path(order.run_directory), order.lock_fd)
-        if order.driver_pid:
-            self._watch_driver(order.driver_pid)
-
-    def _watch_driver(self, pid: int) -> None:
-        if os.getppid() != pid:
-            self._on_end(None)
-            return
-        self._driver_pidfd = os.pidfd_open(pid)
-        asyncio.get_running_loop().add_reader(self._driver_pidfd, self._on_driver_death)
-
-    def _on_driver_death(self) -> None:
+    def _on_driver_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._driver_pidfd)
         self._on_end(None)
+
+    def _on_guard_end(self) -> None:
+        """End everything and report none of it: the guard's end is the cause."""
+        asyncio.get_running_loop().remove_reader(self._guard_pidfd)
+        self._is_guard_gone = True
+        self._kill_at = 0.0
+        self._change.set()
 
     def _on_end(self, error: BadFrameError | None) -> None:
         if error is not None:
             print(f"zspmd agent: the driver broke the protocol: {error}", file=sys.stderr)
+        self._is_driver_gone = True
         self._kill_at = 0.0
         self._change.set()
 
@@ -208,6 +228,8 @@ class Agent:
 
     def _report(self, record: RankLog | RankExited | AgentWarning) -> None:
         """Send a record; log lines only while the driver keeps up, or ranks are made to wait for it."""
+        if self._is_guard_gone:
+            return
         if isinstance(record, RankLog):
             if self._is_behind() and self._order is not None and self._order.log_policy == "wait":
                 self._pace()
@@ -230,6 +252,14 @@ class Agent:
         if self._pacing is not None:
             self._pacing.cancel()
         self._pacing = asyncio.get_running_loop().call_later(_PACE_PERIOD_S, self._pace) if self._is_behind() else None
+
+    async def _dump_stacks(self, request: int) -> None:
+        async def tell(rank: RankProcess) -> None:
+            self._stream.send(RankStack(request, rank.rank, await rank.take_stacks()))
+
+        async with self._dumping:  # one at a time empties and reads a rank's file
+            await asyncio.gather(*map(tell, self._running()))
+        self._stream.send(StacksDone(request))
 
     # --- ending ---
 
@@ -255,13 +285,16 @@ class Agent:
 
     def _kill_orphans(self) -> None:
         for pid in self._orphans():
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, os.WNOHANG)
+            end_child(pid)
 
     def _remove_run_directory(self) -> None:
+        """Remove it; when the driver is gone, also one that it had no time to hand over."""
         try:
-            if self._run_directory is not None:
-                self._run_directory.remove()
+            directory = RunDirectory.handed_over(self._handover)
+            if directory is not None:
+                directory.remove()
+            if self._is_driver_gone:
+                remove_dead_directories()
         except OSError as error:
             self._stream.send(AgentWarning(f"the run directory could not be removed: {error}"))
 
@@ -286,9 +319,12 @@ def _make_log_dir(path: str | None) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
-def main() -> None:
-    """Run the agent on standard input and output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def serve(driver_pidfd: int, guard_pidfd: int, handover: socket.socket) -> None:
+    """Run the agent on standard input and output, until it has nothing left to supervise or either of the two processes ends.
+
+    ``handover`` is the packet socket in which ``RunDirectory.hand_over`` leaves the directory of the launch.
+    """
+    name_process("zspmd-agent")
     # The channel moves away from 0 and 1, so that nothing that prints can write into it.
     read_fd, write_fd = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -297,10 +333,6 @@ def main() -> None:
     os.dup2(2, 1)
 
     async def run() -> None:
-        await Agent(read_fd, write_fd).run()
+        await Agent(read_fd, write_fd, driver_pidfd=driver_pidfd, guard_pidfd=guard_pidfd, handover=handover).run()
 
     asyncio.run(run())
-
-
-if __name__ == "__main__":
-    main()

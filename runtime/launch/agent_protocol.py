@@ -1,7 +1,8 @@
 """What driver and agent tell each other: typed records, each behind its length.
 
-driver -> agent   Start (first, once), Hold, Release, Signal, Stop
-agent -> driver   RankStarted, RankLog, RankExited, AgentWarning, LaunchFailed, AgentGone (last)
+driver -> agent   Start (first, once), Hold, Release, Signal, DumpStacks, Stop
+agent -> driver   AgentStarted (first), RankStarted, RankLog, RankExited, RankStack, StacksDone, AgentWarning, LaunchFailed,
+                  AgentGone or GuardGone (last)
 
 on the wire: u32 little-endian length, then the record as ``transport.schema`` packs it
 """
@@ -22,11 +23,13 @@ START_METHODS = ("fork", "spawn")
 LOG_POLICIES = ("drop", "wait")
 STREAMS = ("out", "err")
 MAX_ERROR_REPORT_BYTES = 1 << 20
+MAX_STACK_CHARACTERS = 64 << 10
 _MAX_TEXT = 1 << 20
 _MAX_ITEMS = 1 << 16
 _MAX_ARGUMENTS = 1 << 20  # more than the kernel takes
 _MAX_PID = 1 << 22
 _MAX_SECONDS = 1e6
+_MAX_REQUEST = (1 << 53) - 1
 
 
 class AgentRecord(Record, max_bytes=MAX_RECORD_BYTES):
@@ -57,8 +60,6 @@ class Start(AgentRecord):
         log_dir: where to append each rank's raw output to r00003.out and .err; None for nowhere.
         log_policy: what becomes of lines when the driver does not read: "drop" counts them, "wait" has ranks wait as at any full pipe.
         kill_s: from SIGKILL until a process must be gone, where no Stop says otherwise.
-        run_directory, lock_fd: the directory to remove at the end, and its inherited lock; None and -1 for none.
-        driver_pid: a process whose end is the driver's end, beside the end of the stream; 0 for none (a remote driver).
     """
 
     ranks: tuple[RankStart, ...] = many(RankStart, MAX_RANKS)
@@ -71,9 +72,6 @@ class Start(AgentRecord):
     log_dir: str | None = text(_MAX_TEXT, is_optional=True, default=None)
     log_policy: str = text(16, choices=LOG_POLICIES, default="drop")
     kill_s: float = number(0, _MAX_SECONDS, default=2.0)
-    run_directory: str | None = text(_MAX_TEXT, is_optional=True, default=None)
-    lock_fd: int = whole(1 << 20, -1, default=-1)
-    driver_pid: int = whole(_MAX_PID, default=0)
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,13 @@ class Signal(AgentRecord):
 
 
 @dataclass(frozen=True)
+class DumpStacks(AgentRecord):
+    """Tell what each running rank is doing: a ``RankStack`` for each, then ``StacksDone``, with this ``request``."""
+
+    request: int = whole(_MAX_REQUEST)
+
+
+@dataclass(frozen=True)
 class Stop(AgentRecord):
     """End the ranks: leave them ``grace_s`` to end by themselves, then SIGTERM, after ``kill_s`` SIGKILL.
 
@@ -106,6 +111,13 @@ class Stop(AgentRecord):
 
     grace_s: float = number(0, _MAX_SECONDS)
     kill_s: float = number(0, _MAX_SECONDS)
+
+
+@dataclass(frozen=True)
+class AgentStarted(AgentRecord):
+    """The agent serves; ``pid`` is its own, while the driver's child is the guard."""
+
+    pid: int = whole(_MAX_PID, 1)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,22 @@ class RankExited(AgentRecord):
 
 
 @dataclass(frozen=True)
+class RankStack(AgentRecord):
+    """What a rank was doing: a line with the kernel's word, then the Python stacks of its threads or why there are none."""
+
+    request: int = whole(_MAX_REQUEST)
+    rank: int = whole(MAX_RANKS - 1)
+    text: str = text(4 * MAX_STACK_CHARACTERS)
+
+
+@dataclass(frozen=True)
+class StacksDone(AgentRecord):
+    """Every rank that was running has had its ``RankStack``."""
+
+    request: int = whole(_MAX_REQUEST)
+
+
+@dataclass(frozen=True)
 class AgentWarning(AgentRecord):
     """Something that does not end the launch, such as a full disk under the log files."""
 
@@ -161,6 +189,11 @@ class AgentGone(AgentRecord):
     """Nothing is left but ``left``: pids that did not end even after SIGKILL."""
 
     left: tuple[int, ...] = many(int, _MAX_ITEMS)
+
+
+@dataclass(frozen=True)
+class GuardGone(AgentRecord):
+    """The agent's guard has ended before it, so the agent ends everything, and reports no more."""
 
 
 def encode_record(record: AgentRecord) -> bytes:

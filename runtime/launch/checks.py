@@ -11,7 +11,6 @@ import platform
 import re
 import resource
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -21,10 +20,10 @@ from pathlib import Path
 import zmq
 
 from ...errors import ConfigError, LaunchError
-from ...process import child_pids
 from .devices import available_cores, num_cuda_devices
 from .launch_id import generate_launch_id
 from .ports import FIRST_PORT, LAST_PORT, reserve_port
+from .resources import KERNEL_ADVICE, check_resources, missing_facilities
 from .run_directory import RunDirectory, remove_dead_directories
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -94,20 +93,8 @@ def check_zmq() -> Check:
 
 def check_kernel() -> Check:
     """The system calls by which ranks are supervised."""
-    missing = []
-    for name, probe in (
-        ("pidfd_open", lambda: os.close(os.pidfd_open(os.getpid()))),
-        ("memfd_create", lambda: os.close(os.memfd_create("zspmd-doctor"))),
-        ("/proc/PID/task/TID/children", child_pids),
-        ("pidfd_send_signal", _send_nothing),
-    ):
-        try:
-            probe()
-        except OSError as error:
-            missing.append(f"{name}: {error}")
-    if missing:
-        return Check("kernel", FAIL, "; ".join(missing), "needs Linux 5.4 or newer, and a container whose seccomp lets them through")
-    return Check("kernel", OK, "pidfd, memfd, children")
+    missing = missing_facilities()
+    return Check("kernel", FAIL, "; ".join(missing), KERNEL_ADVICE) if missing else Check("kernel", OK, "pidfd, memfd, children")
 
 
 def check_devices() -> Check:
@@ -125,10 +112,14 @@ def check_devices() -> Check:
 
 
 def check_limits() -> Check:
-    """Limits of this user's processes."""
+    """Limits of this user's processes, and what they leave for a launch."""
     files, processes = resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_NPROC)[0]
     core, locked = resource.getrlimit(resource.RLIMIT_CORE)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     text = f"files {_limit(files)}, processes {_limit(processes)}, locked memory {_limit(locked)}, core {_limit(core)}"
+    try:
+        check_resources(1)
+    except (ConfigError, LaunchError) as error:
+        return Check("limits", FAIL, text, str(error))
     low = [f"ulimit -n {_MIN_FILES}"] if _is_below(files, _MIN_FILES) else []
     low += [f"ulimit -u {_MIN_PROCESSES}"] if _is_below(processes, _MIN_PROCESSES) else []
     return Check("limits", WARN, text, f"many ranks may not fit: {' and '.join(low)}") if low else Check("limits", OK, text)
@@ -247,11 +238,3 @@ def _limit(value: int) -> str:
 
 def _is_below(value: int, wanted: int) -> bool:
     return value != resource.RLIM_INFINITY and value < wanted
-
-
-def _send_nothing() -> None:
-    pidfd = os.pidfd_open(os.getpid())
-    try:
-        signal.pidfd_send_signal(pidfd, 0)  # asks whether one could be sent
-    finally:
-        os.close(pidfd)

@@ -34,6 +34,7 @@ import uvloop
 from ...errors import ConfigError, LaunchError, PeerLostError, ReadyTimeoutError, RequestError, WorkerExitedError, ZspmdError
 from ...process import child_pids
 from ...topology import axis_groups
+from ...transport.security import tcp_endpoint
 from .launcher_process import is_output_closed, on_stop_signals, open_standard_streams, orphans_ended
 from .option_values import make_log_dir
 from .options import LaunchOptions as LaunchOptions
@@ -97,7 +98,7 @@ def _main_program(arguments: argparse.Namespace) -> int:
     options = launch_options(arguments, name)
     described = program.prepare(program_arguments, options)
     if arguments.dry_run:
-        print(_describe_program(options, name, described))
+        print(_describe_program(options, name, described, getattr(program_arguments, "bind", None)))
         return 0
     if options.log_dir is not None:
         make_log_dir(options.log_dir)
@@ -141,7 +142,7 @@ def _find_program(name: str) -> Program:
 # --- plans ---
 
 
-def _describe_program(options: LaunchOptions, program: str, described: str) -> str:
+def _describe_program(options: LaunchOptions, program: str, described: str, bind: str | None) -> str:
     """Return the plan as text: launch, endpoints, ranks and mesh."""
     directory = run_directory_path(options.launch_id)
     plan = plan_local(
@@ -152,7 +153,7 @@ def _describe_program(options: LaunchOptions, program: str, described: str) -> s
         devices=options.devices,
     )
     facts = [
-        *(f"socket   ipc://{directory}/{name}" for name in ("step", "result", "control")),
+        *(f"socket   {f'ipc://{directory}/{name}' if bind is None else tcp_endpoint(bind)}" for name in ("step", "result", "control")),
         *(f"mesh     {axis}: {' '.join(str(list(ranks)) for ranks in axis_groups(options.parallel, axis))}" for axis in ("tp", "pp", "dp")),
     ]
     return _describe_plan(plan, f"program  {program}: {described}", "first candidate", facts)

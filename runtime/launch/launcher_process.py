@@ -8,14 +8,12 @@ import os
 import select
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 
-from ...process import become_subreaper, child_pids, has_children
+from ...process import become_subreaper, end_children, has_children
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ORPHANS_S = 2.0
-_ORPHANS_PERIOD_S = 0.005
 
 
 def open_standard_streams() -> None:
@@ -52,13 +50,7 @@ def orphans_ended() -> Iterator[None]:
     try:
         yield
     finally:
-        deadline = time.monotonic() + _ORPHANS_S
-        while is_alone and has_children() and time.monotonic() < deadline:
-            for pid in child_pids():
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, os.WNOHANG)
-            time.sleep(_ORPHANS_PERIOD_S)
-        if is_alone and (left := child_pids()):
+        if is_alone and (left := end_children(_ORPHANS_S)):
             print(f"zspmd-run: pids {', '.join(map(str, left))} did not end even after SIGKILL; see their state in /proc", file=sys.stderr)
 
 

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Callable
 
 MAX_PENDING_BYTES = 64 << 20
+_IDLE_S = 0.5
 
 
 class LineWriter:
     """Writes whole lines to descriptors, in order; ``flush`` tells when all is written.
 
     Of what exceeds ``MAX_PENDING_BYTES`` lines are dropped, and a line says how many. ``on_closed`` is called once for each
-    descriptor that takes no more, with the error, from the writing thread.
+    descriptor that takes no more, with the error, from the writing thread, which ends when there has been nothing to do for a while.
     """
 
     def __init__(self, on_closed: Callable[[int, OSError], None]) -> None:
@@ -41,9 +42,9 @@ class LineWriter:
                 return
             self._tell_dropped(fd)
             self._put(fd, data)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="zspmd-lines", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="zspmd-lines", daemon=True)
+                self._thread.start()
 
     @property
     def pending_bytes(self) -> int:
@@ -69,7 +70,9 @@ class LineWriter:
     def _run(self) -> None:
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._queue)
+                if not self._change.wait_for(lambda: self._queue, _IDLE_S):
+                    self._thread = None
+                    return
                 fd, data = self._queue.popleft()
                 is_closed = fd in self._closed
             if not is_closed:

@@ -1,16 +1,19 @@
-"""One rank as its agent sees it: a pidfd that tells of its end, and two pipes with what it prints."""
+"""One rank as its agent sees it: a pidfd that tells of its end, two pipes with what it prints, a file for its stacks."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from ...errors import describe_exit
 from .agent_protocol import MAX_ERROR_REPORT_BYTES, AgentWarning, RankExited, RankLog
 from .line_splitter import LineSplitter
+from .rank_stacks import RankStacks
 
 TAIL_LINES = 40
 _CHUNK_BYTES = 64 << 10
@@ -18,6 +21,7 @@ _CHUNK_BYTES = 64 << 10
 _MAX_DRAIN_BYTES = 4 << 20
 # How often the state of a line that is overwritten, such as a progress bar, is told.
 _PROGRESS_S = 1.0
+_TRACED_S = 0.05
 
 Report = Callable[[RankLog | RankExited | AgentWarning], None]
 
@@ -120,7 +124,7 @@ class RankOutput:
 class RankProcess:
     """A rank from its start to the report of its end.
 
-    ``open_output`` comes first and returns what the process is to write to; ``watch`` follows once it has a pid. After its end,
+    ``open`` comes first and returns what the process is to write to; ``watch`` follows once it has a pid. After its end,
     and after everything that it printed was read, one ``RankExited`` is reported and ``on_exit`` called.
     """
 
@@ -133,25 +137,30 @@ class RankProcess:
         self._error_file = error_file
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._outputs = [RankOutput(rank, stream, log_dir, self._on_lines, report) for stream in ("out", "err")]
+        self._stacks = RankStacks()
         self._pidfd = -1
 
     @property
     def is_running(self) -> bool:
         return self.pid > 0 and self.exit_code is None
 
-    def open_output(self) -> tuple[int, int]:
-        """Return the write ends for stdout and stderr; the caller closes them.
+    def open(self) -> tuple[int, int, int]:
+        """Return descriptors for the rank, which the caller closes: its stdout, its stderr, the file for its stacks.
 
         Raises:
-            OSError: a log file cannot be opened.
+            OSError: a log file cannot be opened, or no descriptor is left.
         """
-        stdout, stderr = self._outputs
-        out_fd = stdout.open()
+        fds: list[int] = []
         try:
-            return out_fd, stderr.open()
+            for open_part in (*(output.open for output in self._outputs), self._stacks.open):
+                fds.append(open_part())
         except OSError:
-            os.close(out_fd)
+            for fd in fds:
+                os.close(fd)
+            self.close()
             raise
+        stdout, stderr, stacks = fds
+        return stdout, stderr, stacks
 
     def watch(self, pid: int) -> None:
         """Take charge of a child of this process, which may have ended already."""
@@ -165,27 +174,39 @@ class RankProcess:
             output.set_reading(is_reading)
 
     def signal(self, number: int) -> None:
-        """Send a signal to the rank's process alone; nothing happens when it has ended."""
+        """Send a signal to the rank's process alone; nothing happens when it has ended, or runs as another user (``sudo``)."""
         if self.is_running:
-            signal.pidfd_send_signal(self._pidfd, number)
+            with contextlib.suppress(PermissionError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def signal_group(self, number: int) -> None:
-        """Send a signal to the rank's process group; nothing happens when the rank has ended.
+        """Send a signal to those of the rank's process group that run as this user; nothing happens when the rank has ended.
 
         The pid of a rank that is not reaped cannot name anything else, so this never hits a stranger.
         """
         if self.is_running:
-            os.killpg(self.pid, number)
+            with contextlib.suppress(PermissionError):
+                os.killpg(self.pid, number)
+
+    async def take_stacks(self) -> str:
+        """Return what the rank is doing, as ``RankStacks.take`` says it."""
+        return await self._stacks.take(self.pid, self.signal) if self.is_running else describe_exit(self.exit_code or 0)
 
     def close(self) -> None:
         """Read no further, whoever still prints; safe to call again."""
         for output in self._outputs:
             output.close()
+        self._stacks.close()
 
     def _reap(self) -> None:
-        _, status = os.waitpid(self.pid, 0)
-        asyncio.get_running_loop().remove_reader(self._pidfd)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._pidfd)
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:  # a debugger has it, and must see its end first
+            loop.call_later(_TRACED_S, self._reap)
+            return
         os.close(self._pidfd)
+        self._stacks.close()
         for output in self._outputs:
             output.drain()
         self.exit_code = os.waitstatus_to_exitcode(status)

@@ -22,21 +22,20 @@ _ZYGOTE_END_S = 1.0
 _POLL_S = 0.005
 
 
-def spawn_rank(start: Start, rank: RankStart, stdout_fd: int, stderr_fd: int) -> int:
-    """Execute the launch's program as one rank, in a session of its own; return its pid.
+def spawn_rank(start: Start, rank: RankStart, stdout_fd: int, stderr_fd: int, stacks_fd: int) -> int:
+    """Execute the launch's program as one rank, in a session of its own; return its pid. The caller closes the descriptors.
 
     Raises:
         OSError: no process could be made. A program that cannot be executed is an exit code (126 or 127) and a line on stderr.
     """
-    environment = dict(rank.environment)
-    if start.sys_path:
-        paths = [path for path in (*start.sys_path, environment.get("PYTHONPATH", "")) if path]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment = _with_paths(rank.environment, start)
     bootstrap_fd = bootstrap_file(rank.bootstrap)
     try:
         if bootstrap_fd is not None:
             os.set_inheritable(bootstrap_fd, True)  # this process has one thread: nothing else is executed meanwhile
             environment[process.BOOTSTRAP_FD] = str(bootstrap_fd)
+        os.set_inheritable(stacks_fd, True)
+        environment[process.STACKS_FD] = str(stacks_fd)
         argv = [sys.executable, "-I", "-S", process.__file__, str(os.getpid()), start.cwd, *start.argv]
         return _execute(argv, environment, stdout_fd, stderr_fd)
     finally:
@@ -78,13 +77,13 @@ class Zygote:
             theirs.set_inheritable(True)
             argv = [sys.executable, "-m", "zspmd.workers.zygote", str(theirs.fileno()), str(os.getpid())]
             # OpenBLAS starts its threads when NumPy is imported, and a process with threads cannot be forked safely.
-            environment = {**self._start.ranks[0].environment, "OPENBLAS_NUM_THREADS": "1"}
+            environment = {**_with_paths(self._start.ranks[0].environment, self._start), "OPENBLAS_NUM_THREADS": "1"}
             self._socket = ours
             ours.setblocking(False)
             self.pid = _execute(argv, environment, 1, 2)
         await self._ask({"preload": list(self._start.preload), "sys_path": list(self._start.sys_path)}, [])
 
-    async def fork_rank(self, rank: RankStart, stdout_fd: int, stderr_fd: int) -> int:
+    async def fork_rank(self, rank: RankStart, stdout_fd: int, stderr_fd: int, stacks_fd: int) -> int:
         """Return the pid of a new rank that has its own session and dies with the agent.
 
         Raises:
@@ -93,7 +92,7 @@ class Zygote:
         request = {"environment": rank.environment, "cwd": self._start.cwd, "entry": self._start.entry}
         bootstrap_fd = bootstrap_file(rank.bootstrap)
         try:
-            reply = await self._ask(request, [stdout_fd, stderr_fd] + ([] if bootstrap_fd is None else [bootstrap_fd]))
+            reply = await self._ask(request, [stdout_fd, stderr_fd, stacks_fd] + ([] if bootstrap_fd is None else [bootstrap_fd]))
         finally:
             if bootstrap_fd is not None:
                 os.close(bootstrap_fd)
@@ -145,6 +144,12 @@ class Zygote:
             return None
         self.pid = 0
         return os.waitstatus_to_exitcode(status)
+
+
+def _with_paths(environment: Mapping[str, str], start: Start) -> dict[str, str]:
+    """Return the environment in which a program finds the driver's modules, whatever its directory."""
+    paths = [path for path in (*start.sys_path, environment.get("PYTHONPATH", "")) if path]
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)} if start.sys_path else dict(environment)
 
 
 def _execute(argv: list[str], environment: dict[str, str], stdout_fd: int, stderr_fd: int) -> int:

@@ -110,9 +110,11 @@ async def check_launch() -> Check:
 
     started = time.monotonic()
     ranks = tuple(RankStart(rank, dict(os.environ)) for rank in range(2))
-    supervisor = NodeSupervisor(Start(ranks, "spawn", argv=(sys.executable, "-I", "-S", "-c", "print('here')")), on_event)
+    order = Start(ranks, "spawn", argv=(sys.executable, "-I", "-S", "-c", "print('here')"))
+    supervisor = NodeSupervisor(on_event)
     try:
-        await supervisor.start(_LAUNCH_S)
+        supervisor.open()
+        await supervisor.start(order, timeout_s=_LAUNCH_S)
         await asyncio.wait_for(ended.wait(), _LAUNCH_S)
     except (ConfigError, LaunchError, asyncio.TimeoutError) as error:
         return Check("launch", FAIL, f"two ranks could not be run: {error or 'no end in sight'}", "the lines above may say why")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import DTYPES, EngineConfig, RestartPolicy, SamplingParams
 from ...errors import ConfigError, RequestError, ZspmdError
+from ...transport.security import check_bind_address
 from ..engine.checkpoint import open_checkpoint
 from ..engine.engine import Engine
 from ..engine.outputs import RequestOutput
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output (the model's)")
     engine.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="prompts that run at once (64)")
     engine.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV pool (from free memory)")
+    engine.add_argument("--bind", metavar="ADDR", help="an IP address of this host: ranks connect to it by TCP, with CURVE (no TCP)")
     engine.add_argument("--max-restarts", type=int, default=3, metavar="N", help="replace failed workers N times a minute at most (3)")
 
 
@@ -48,6 +50,8 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     """Check everything that can be checked before a process starts; returns the model's directory."""
     _sampling_params(arguments)
     _restart_policy(arguments)
+    if arguments.bind is not None:
+        check_bind_address(arguments.bind)
     checkpoint = open_checkpoint(arguments.model, options.parallel, _engine_config(arguments))
     if checkpoint.tokenizer is None:
         raise ConfigError(f"{checkpoint.directory} has no tokenizer.json, without which there is no text; add one")
@@ -81,6 +85,7 @@ async def _complete(prompts: list[str], arguments: argparse.Namespace, options: 
             launch_id=options.launch_id,
             devices=options.devices,
             log_dir=options.log_dir,
+            bind=arguments.bind,
             on_log=console.on_log,
             on_progress=console.on_progress,
             restart=_restart_policy(arguments),

@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TopologyError, WorkerRaisedError, ZspmdError
-from ...transport.codec import TORCH, AnyArray, decode_value, register_bridge
+from ...transport.codec import TORCH, AnyArray, register_bridge
 from ...transport.comparison import Comparison
 from ...transport.frames import Buffer, ResultFrame, StepKind
-from ...transport.recorded_launch import RecordedFault, RecordedLaunch, Recording
+from ...transport.recorded_launch import RecordedFault, RecordedLaunch, Recording, read_call, read_value
 from ..driver.group import WorkerGroup
 from ..driver.launching import GroupConfig
 from ..driver.pending import PendingReply
@@ -151,11 +151,10 @@ async def _publish(group: WorkerGroup, recording: Recording, replayed: ReplayedG
     limit = recording.launch.collective_s  # what a step may take was its caller's to say; a rank gives up no sooner than this
     under_way: deque[PendingReply] = deque()
     for frame in recording.frames():
-        value = decode_value(frame.body, frame.buffers)
         if frame.code == StepKind.STEP:
-            under_way.append(await group.submit(value, timeout_s=limit))
+            under_way.append(await group.submit(read_value(frame), timeout_s=limit))
         else:
-            method, args, kwargs, ranks = value
+            method, args, kwargs, ranks = read_call(frame)
             try:
                 await group.call(method, *args, ranks=ranks, timeout_s=limit, **kwargs)
             except WorkerRaisedError:  # what a call raises is its answer, unless it is the end of the group

@@ -5,40 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from support.nodes import DAEMON, DEADLINE_S, STUBBORN, WAIT, Nodes, wait_ended
+from support.nodes import nodes as nodes
+from support.nodes import runtime_dir as runtime_dir
 
 from zspmd.errors import EndpointInUseError, LaunchError
-from zspmd.runtime.launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, RankStarted, Start
+from zspmd.runtime.launch.agent_process import AgentProcess
+from zspmd.runtime.launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankStarted
 from zspmd.runtime.launch.run_directory import RunDirectory, run_directory_path
-from zspmd.runtime.launch.supervisor import AgentLost, Event, NodeSupervisor
+from zspmd.runtime.launch.supervisor import AgentLost
 
-E = TypeVar("E")
-DEADLINE_S = 20.0
-
-WAIT = "import signal; print('ready', flush=True); signal.pause()"
-STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)\nwhile True: signal.pause()"
-DAEMON = """
-import os, signal
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        print('daemon', os.getpid(), flush=True)
-        signal.pause()
-    os._exit(0)
-os.wait()
-signal.pause()
-"""
 DRIVER = """
 import asyncio, json, os, signal, sys
 from zspmd.runtime.launch.agent_protocol import RankLog, RankStart, Start
@@ -51,9 +36,10 @@ async def drive(program, has_fork):
         if isinstance(event, RankLog):
             daemon.set_result(int(event.lines[0].split()[1]))
     start = Start((RankStart(0, dict(os.environ)),), "spawn", argv=(sys.executable, "-I", "-S", "-c", program))
-    node = NodeSupervisor(start, on_event, run_directory=RunDirectory.create("driver"))
-    await node.start()
-    pids = {"agent": node.agent_pid, "rank": node.pids[0], "daemon": await daemon}
+    node = NodeSupervisor(on_event)
+    node.open()
+    await node.start(start, RunDirectory.create("driver"))
+    pids = {"guard": node.guard_pid, "agent": node.agent_pid, "rank": node.pids[0], "daemon": await daemon}
     if has_fork:
         fork = os.fork()
         if fork == 0:
@@ -64,102 +50,6 @@ async def drive(program, has_fork):
 
 asyncio.run(drive(sys.argv[1], sys.argv[2] == "True"))
 """
-
-
-class Node:
-    """A supervisor whose events are kept."""
-
-    def __init__(self, start: Start, run_directory: RunDirectory | None) -> None:
-        self.events: list[Event] = []
-        self.supervisor = NodeSupervisor(start, self._on_event, run_directory=run_directory)
-        self.directory = run_directory
-        self._change = asyncio.Event()
-
-    def _on_event(self, event: Event) -> None:
-        self.events.append(event)
-        self._change.set()
-
-    def of(self, kind: type[E]) -> list[E]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-    def lines(self, rank: int, stream: str = "out") -> list[str]:
-        return [line for log in self.of(RankLog) if (log.rank, log.stream) == (rank, stream) for line in log.lines]
-
-    async def wait(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not condition():
-            await asyncio.wait_for(self._change.wait(), deadline - time.monotonic())
-            self._change.clear()
-
-
-class Nodes:
-    """Starts nodes and remembers every pid that must not outlive the test."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Node] = []
-        self.pidfds: dict[int, int] = {}
-
-    def make(self, program: str, world_size: int = 1, launch_id: str | None = None, **fields: Any) -> Node:
-        ranks = tuple(RankStart(rank, {**os.environ, "RANK": str(rank)}, f"secret {rank}".encode()) for rank in range(world_size))
-        order: dict[str, Any] = {"start_method": "spawn", "argv": (sys.executable, "-I", "-S", "-c", program), **fields}
-        directory = None if launch_id is None else RunDirectory.create(launch_id)
-        node = Node(Start(ranks, **order), directory)
-        self.nodes.append(node)
-        return node
-
-    async def started(self, program: str, world_size: int = 1, launch_id: str | None = None, **fields: Any) -> Node:
-        node = self.make(program, world_size, launch_id, **fields)
-        await node.supervisor.start(DEADLINE_S)
-        return node
-
-    def watch(self, pid: int) -> None:
-        """Have the end of the test wait for the end of ``pid``, from a moment at which it lives."""
-        self.pidfds[pid] = os.pidfd_open(pid)
-
-    def check_nothing_left(self) -> None:
-        for pid, pidfd in self.pidfds.items():
-            assert wait_ended(pidfd, 5.0), f"process {pid} is left"
-            os.close(pidfd)
-        for node in self.nodes:
-            agent_pid = node.supervisor.agent_pid
-            pids = [*node.supervisor.pids.values(), *([agent_pid] if agent_pid else [])]
-            assert [pid for pid in pids if is_alive(pid)] == []
-            if node.directory is not None:
-                node.directory.remove()
-                assert not node.directory.path.exists()
-
-
-def wait_ended(pidfd: int, timeout_s: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return False
-    try:
-        return not wait_ended(pidfd, 1.0)
-    finally:
-        os.close(pidfd)
-
-
-@pytest.fixture
-def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A short directory: pytest's own leave no room for socket paths."""
-    with tempfile.TemporaryDirectory(prefix="z") as directory:
-        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
-        yield Path(directory)
-
-
-@pytest.fixture
-def nodes(runtime_dir: Path) -> Iterator[Nodes]:
-    made = Nodes()
-    yield made
-    made.check_nothing_left()
-    assert not (runtime_dir / "zspmd").exists() or list((runtime_dir / "zspmd").iterdir()) == []
 
 
 async def test_ranks_that_end_by_themselves_end_the_agent(nodes: Nodes) -> None:
@@ -228,6 +118,15 @@ async def test_kill_nowait_ends_everything(nodes: Nodes) -> None:
     assert node.of(AgentLost) == []
 
 
+async def test_an_agent_whose_stream_ends_needs_no_killing(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[AgentProcess] = []
+    monkeypatch.setattr(AgentProcess, "kill_agent", killed.append)
+    node = await nodes.started(STUBBORN, 2)
+    node.supervisor.kill_nowait()
+    await node.supervisor.stop(0.0, 1.0)
+    assert killed == []
+
+
 async def test_stop_before_start_does_nothing(nodes: Nodes) -> None:
     node = nodes.make(WAIT)
     assert await node.supervisor.stop(1.0, 1.0) == {}
@@ -235,7 +134,7 @@ async def test_stop_before_start_does_nothing(nodes: Nodes) -> None:
 
 async def test_cancelling_start_leaves_nothing(nodes: Nodes) -> None:
     node = nodes.make(WAIT, 4, "cancel")
-    starting = asyncio.ensure_future(node.supervisor.start())
+    starting = asyncio.ensure_future(node.start())
     await asyncio.wait([starting], timeout=0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -252,6 +151,7 @@ def test_the_death_of_the_driver_ends_ranks_and_daemons(nodes: Nodes, has_fork: 
         fork = pids.pop("fork", None)
         for pid in pids.values():
             nodes.watch(pid)
+        os.kill(pids["guard"], signal.SIGSTOP)  # which would see to it too, some seconds later
         driver.kill()
         driver.wait(5.0)
         began = time.monotonic()
@@ -303,7 +203,7 @@ def main():
     rank = int(os.environ["RANK"])
     secret = take_bootstrap().decode()
     print(secret, os.getppid() == int(os.environ["AGENT"]) if "AGENT" in os.environ else os.getppid(), os.getsid(0) == os.getpid())
-    print(os.getcwd(), BOOTSTRAP_FD in os.environ, sorted(os.listdir("/proc/self/fd"))[:3], sep="|", file=sys.stderr)
+    print(os.getcwd(), BOOTSTRAP_FD in os.environ, sorted(map(int, os.listdir("/proc/self/fd")))[:3], sep="|", file=sys.stderr)
     return rank
 
 def fail():
@@ -336,7 +236,7 @@ async def test_forked_ranks_have_their_facts(nodes: Nodes, tmp_path: Path) -> No
     assert node.supervisor.exit_codes == {0: 0, 1: 1, 2: 2, 3: 3}
     for rank in range(4):
         assert node.lines(rank) == [f"secret {rank} {node.supervisor.agent_pid} True"]
-        assert node.lines(rank, "err") == [f"{tmp_path}|False|['0', '1', '2']"]
+        assert node.lines(rank, "err") == [f"{tmp_path}|False|[0, 1, 2]"]
     await node.supervisor.stop(0.0, 1.0)
 
 
@@ -378,7 +278,7 @@ async def test_a_preload_that_fails_fails_the_launch(nodes: Nodes, tmp_path: Pat
     (tmp_path / "preload_of_test.py").write_text(source)
     node = nodes.make("", 2, "preload", **{**fields, "preload": ("preload_of_test",)})
     with pytest.raises(LaunchError, match=words):
-        await node.supervisor.start(DEADLINE_S)
+        await node.start()
     assert node.of(RankStarted) == []
 
 
@@ -391,14 +291,14 @@ async def test_spawned_ranks_have_their_facts(nodes: Nodes, tmp_path: Path) -> N
         with open(int(os.environ["ZSPMD_BOOTSTRAP_FD"]), "rb") as file:
             secret = file.read().decode()
         print(secret, os.getppid(), os.getsid(0) == os.getpid(), os.getcwd(), sys.stdin.read() == "")
-        print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, sorted(os.listdir("/proc/self/fd"))[:3])
+        print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, sorted(map(int, os.listdir("/proc/self/fd")))[:3])
     """
     node = await nodes.started(textwrap.dedent(program), 2, "facts", cwd=str(tmp_path))
     await node.wait(lambda: bool(node.of(AgentGone)))
     for rank in range(2):
         assert node.lines(rank) == [
             f"secret {rank} {node.supervisor.agent_pid} True {tmp_path} True",
-            "True ['0', '1', '2']",
+            "True [0, 1, 2]",
         ]
     await node.supervisor.stop(0.0, 1.0)
 
@@ -444,7 +344,7 @@ async def test_a_log_directory_that_cannot_be_made_fails_the_launch(nodes: Nodes
     (tmp_path / "file").write_text("")
     node = nodes.make(WAIT, 2, log_dir=str(tmp_path / "file" / "logs"))
     with pytest.raises(LaunchError, match="Not a directory"):
-        await node.supervisor.start(DEADLINE_S)
+        await node.start()
 
 
 async def test_a_rank_that_prints_faster_than_the_driver_reads_is_not_held_up(nodes: Nodes, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import random
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,14 @@ async def test_the_requests_are_of_every_kind(undisturbed: list[zspmd.RequestOut
     assert sum(len(output.outputs) for output in undisturbed) == 18
 
 
-@pytest.mark.parametrize(("number", "num_kills"), [(signal.SIGKILL, 3), (signal.SIGSEGV, 2)], ids=["SIGKILL", "SIGSEGV"])
+@pytest.mark.parametrize(
+    ("number", "num_kills"),
+    [
+        pytest.param(signal.SIGKILL, 2, id="SIGKILL"),
+        pytest.param(signal.SIGKILL, 12, id="SIGKILL, often", marks=pytest.mark.long),
+        pytest.param(signal.SIGSEGV, 6, id="SIGSEGV", marks=pytest.mark.long),
+    ],
+)
 async def test_streams_go_on_where_they_stopped(
     leak_check: LeakCheck, undisturbed: list[zspmd.RequestOutput], number: signal.Signals, num_kills: int
 ) -> None:
@@ -174,7 +182,7 @@ async def test_a_rank_that_is_stopped_is_replaced(leak_check: LeakCheck) -> None
         os.kill(pid_of(engine, 1), signal.SIGSTOP)
         assert len((await stream).token_ids) == SHORT.max_tokens
     assert len(lines) == 1
-    assert "within 4 s; not done with it are" in lines[0]
+    assert re.search(r"no answer to step \d+ within [\d.]+ s; not done with it:", lines[0]), lines[0]
     assert "tried" not in lines[0], "it may have been stopped from outside"
 
 
@@ -210,7 +218,7 @@ async def test_beyond_the_policy_every_stream_raises_the_last_fault_with_the_ear
     ("way", "num_outputs", "window", "kind"),
     [
         pytest.param("segfault", 0, 2, zspmd.WorkerExitedError, id="segfault in its prefill"),
-        pytest.param("exit", 12, 1, zspmd.WorkerExitedError, id="exit with one step in flight"),
+        pytest.param("exit", 12, 1, zspmd.WorkerExitedError, id="exit with one step in flight", marks=pytest.mark.long),
         pytest.param("raise", 5, 2, zspmd.WorkerRaisedError, id="raise"),
         pytest.param("hang", 3, 2, zspmd.WorkerStalledError, id="hang"),
     ],
@@ -243,7 +251,7 @@ async def test_a_request_that_ends_its_workers_fails_alone(
 async def test_deaths_from_outside_never_fail_a_request_that_runs_alone(leak_check: LeakCheck) -> None:
     async with build() as engine:
         stream = asyncio.create_task(complete(engine, "zspmd is", SHORT))
-        for turn in range(3):
+        for turn in range(2):
             await wait_tokens(engine, 1)
             os.kill(pid_of(engine, turn % 2), signal.SIGKILL)
             await wait_restarts(engine, turn + 1)

@@ -144,8 +144,9 @@ def show(event):
         print(*event.lines, sep="\\n", flush=True)
 
 async def program():
-    node = NodeSupervisor(Start((RankStart(0, dict(os.environ)),), "spawn", argv=tuple(sys.argv[1:])), show)
-    await node.start()
+    node = NodeSupervisor(show)
+    node.open()
+    await node.start(Start((RankStart(0, dict(os.environ)),), "spawn", argv=tuple(sys.argv[1:])))
     try:
         await asyncio.Event().wait()
     finally:
@@ -177,29 +178,35 @@ def test_a_program_that_drains_for_too_long_has_its_ranks_ended_by_more_signals(
 
 def test_the_death_of_zspmd_run_leaves_nothing(leak_check: LeakCheck) -> None:
     with begin("-n", "2", script("stubborn"), "child", num_ready=2) as process:
-        assert len(leak_check.processes()) >= 6  # itself, agent, two ranks and a child of each
+        assert len(leak_check.processes()) >= 7  # itself, guard, agent, two ranks and a child of each
         process.kill()
         process.communicate(timeout=20)
         leak_check.wait_gone()
 
 
-def test_the_death_of_the_agent_is_named(leak_check: LeakCheck) -> None:
+def only_child(pid: int) -> int:
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+@pytest.mark.parametrize(("victim", "name"), [("guard", "the guard of this node's agent"), ("agent", "the agent of this node")])
+def test_the_death_of_the_agent_or_its_guard_is_named(leak_check: LeakCheck, victim: str, name: str) -> None:
     with begin("-n", "2", script("stubborn"), num_ready=2) as process:
-        (agent,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(agent), signal.SIGKILL)
+        guard = only_child(process.pid)
+        pid = guard if victim == "guard" else only_child(guard)
+        os.kill(pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 121
-    assert (
-        f"zspmd-run: the ranks are gone with the agent that supervised them: the agent of this node, pid {agent}, was ended by SIGKILL"
-        in errors
-    )
+    words = f"zspmd-run: the ranks are gone with the agent that supervised them: {name}, pid {pid}, was ended by SIGKILL"
+    assert words in errors
 
 
-def test_the_death_of_the_agent_leaves_nothing_that_ranks_have_started(leak_check: LeakCheck) -> None:
+@pytest.mark.parametrize("victim", ["guard", "agent"])
+def test_the_death_of_the_agent_leaves_nothing_that_ranks_have_started(leak_check: LeakCheck, victim: str) -> None:
     escapes = "setsid sh -c 'sleep 600 & sleep 600' & echo ready; sleep 600"
     with begin("-n", "2", "--no-python", "sh", "-c", escapes, num_ready=2) as process:
-        (agent,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(agent), signal.SIGKILL)
+        guard = only_child(process.pid)
+        os.kill(guard if victim == "guard" else only_child(guard), signal.SIGKILL)
         process.communicate(timeout=20)
         assert process.returncode == 121
         assert leak_check.processes() == {}

@@ -29,14 +29,14 @@ TIMEOUT_S = 100.0
 
 
 def backends_and_sizes() -> list[Any]:
-    """Return a parameter for each backend and number of ranks, with the reason where it cannot run here."""
+    """Return a parameter for each backend and number of ranks, with the reason where it cannot run here; four take long."""
     parameters = []
     for backend in CLASSES:
         for world_size in (2, 3, 4):
             lacks = backend.startswith("nccl") and world_size > NUM_GPUS
             reason = f"NCCL takes one rank a CUDA device: needs {world_size}, there are {NUM_GPUS}"
-            mark = pytest.mark.skipif(lacks, reason=reason)
-            parameters.append(pytest.param(backend, world_size, id=f"{backend} {world_size}", marks=mark))
+            marks = [pytest.mark.skipif(lacks, reason=reason), *([pytest.mark.long] if world_size == 4 else [])]
+            parameters.append(pytest.param(backend, world_size, id=f"{backend} {world_size}", marks=marks))
     return parameters
 
 

@@ -27,6 +27,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[CoordinatorRanks]:
     """Four ranks on two nodes that serve all tests of a kind: they take long to start. Each test leaves them in step."""
     with LeakCheck() as leaks:
         with CoordinatorRanks(request.param, WORLD_SIZE, LOCAL_WORLD_SIZE) as made:
+            barrier(made)  # has every rank connect
             yield made
         leaks.check()
 
@@ -167,6 +168,7 @@ def test_a_second_coordinator_has_operations_of_its_own(ranks: CoordinatorRanks)
     barrier(ranks)
 
 
+@pytest.mark.keeps_descriptors("the process groups of the ranks keep their connections")
 def test_process_groups_of_torch_meet_in_its_store(ranks: CoordinatorRanks) -> None:
     sums = ranks.all("sum_with_torch")
     assert sums == [[6.0, 1.0], [6.0, 1.0], [6.0, 2.0], [6.0, 3.0]]

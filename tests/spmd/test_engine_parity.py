@@ -1,9 +1,13 @@
-"""The engine against Transformers' generate: every family, tensor-parallel over 1, 2 and 4 processes, in float32."""
+"""The engine against Transformers' generate: every family, tensor-parallel over 1, 2 and 4 processes, in float32.
+
+The quick tests have some of it: the families' modules are compared with Transformers in ``tests/unit/models``.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,15 @@ from support.engines import assert_idle, build_engine, complete_all
 import zspmd
 
 TP_SIZES = (1, 2, 4)
+QUICK = {"llama": TP_SIZES, "qwen3": TP_SIZES, "mistral": (2,), "qwen2": (2,), "tied": (2,)}
+CASES = [
+    *(pytest.param((family, sizes), id=family) for family, sizes in QUICK.items()),
+    *(
+        pytest.param((family, TP_SIZES), id=f"{family}, every size", marks=pytest.mark.long)
+        for family in FAMILIES
+        if QUICK.get(family) != TP_SIZES
+    ),
+]
 PROMPT_LENGTHS = (1, 2, 5, 11, 16, 17, 33, 60)
 MAX_TOKENS = 10
 NUM_TOP = 20
@@ -72,29 +85,35 @@ async def ask_engine(directory: Path, tp: int) -> Run:
         return Run(plain, described)
 
 
-async def ask_engines(directory: Path) -> dict[int, Run]:
-    return dict(zip(TP_SIZES, await asyncio.gather(*(ask_engine(directory, tp) for tp in TP_SIZES))))
+async def ask_engines(directory: Path, tp_sizes: tuple[int, ...]) -> dict[int, Run]:
+    return dict(zip(tp_sizes, await asyncio.gather(*(ask_engine(directory, tp) for tp in tp_sizes)), strict=True))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=CASES)
 def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, dict[int, Run]]:
     """Start the engines of a family together: each spends most of its time importing torch on one core."""
-    directory = tmp_path_factory.mktemp(request.param)
-    model = save_checkpoint(directory, request.param)
-    return ask_transformers(model), asyncio.run(ask_engines(directory))
+    family, tp_sizes = request.param
+    directory = tmp_path_factory.mktemp(family)
+    model = save_checkpoint(directory, family)
+    return ask_transformers(model), asyncio.run(ask_engines(directory, tp_sizes))
 
 
-@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
-def test_greedy_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]], tp: int) -> None:
+def test_greedy_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]]) -> None:
     reference, runs = answers
-    assert [output.token_ids for output in runs[tp].plain] == reference.tokens
-    assert [output.token_ids for output in runs[tp].described] == reference.tokens
+    for tp, run in runs.items():
+        assert [output.token_ids for output in run.plain] == reference.tokens, f"tp{tp}"
+        assert [output.token_ids for output in run.described] == reference.tokens, f"tp{tp}"
 
 
-@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
-def test_logprobs_of_the_first_step_equal_transformers(answers: tuple[Reference, dict[int, Run]], tp: int) -> None:
+def described(answers: tuple[Reference, dict[int, Run]]) -> Iterator[tuple[zspmd.RequestOutput, torch.Tensor]]:
+    """Yield each answer that every engine gave, with the log-probabilities that it should have."""
     reference, runs = answers
-    for output, wanted in zip(runs[tp].described, reference.logprobs, strict=True):
+    for run in runs.values():
+        yield from zip(run.described, reference.logprobs, strict=True)
+
+
+def test_logprobs_of_the_first_step_equal_transformers(answers: tuple[Reference, dict[int, Run]]) -> None:
+    for output, wanted in described(answers):
         assert output.outputs[0].logprobs is not None
         first = output.outputs[0].logprobs[0]
         top = torch.tensor(list(first.top.values()))
@@ -102,10 +121,8 @@ def test_logprobs_of_the_first_step_equal_transformers(answers: tuple[Reference,
         torch.testing.assert_close(top, wanted[0, list(first.top)], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
-def test_logprobs_of_all_chosen_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]], tp: int) -> None:
-    reference, runs = answers
-    for output, wanted in zip(runs[tp].described, reference.logprobs, strict=True):
+def test_logprobs_of_all_chosen_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]]) -> None:
+    for output, wanted in described(answers):
         assert output.outputs[0].logprobs is not None
         assert [entry.token_id for entry in output.outputs[0].logprobs] == output.token_ids
         found = torch.tensor([entry.logprob for entry in output.outputs[0].logprobs])

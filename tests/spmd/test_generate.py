@@ -103,8 +103,8 @@ def test_a_killed_rank_is_replaced_and_the_text_goes_on(leak_check: LeakCheck) -
 
 
 def rank_pid(driver_pid: int, name: str) -> int:
-    """Return the pid of a rank under this driver's agent."""
-    ranks = [pid for agent in children(driver_pid) for pid in children(agent)]
+    """Return the pid of a rank of this driver: guard, agent, rank."""
+    ranks = [pid for guard in children(driver_pid) for agent in children(guard) for pid in children(agent)]
     return next(pid for pid in ranks if Path(f"/proc/{pid}/comm").read_text().strip() == name)
 
 

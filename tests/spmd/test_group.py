@@ -130,7 +130,7 @@ async def test_arguments_of_the_worker_that_may_not_travel_start_nothing(leak_ch
 async def test_a_step_that_times_out_names_who_has_not_answered_and_the_group_lives_on(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     async with launch("Gate", 3) as group:
-        with pytest.raises(WorkerStalledError, match=r"no answer to step 0 within 0\.\d+ s; not done with it are rank 1 ") as caught:
+        with pytest.raises(WorkerStalledError, match=r"no answer to step 0 within 0\.\d+ s; not done with it: rank 1 ") as caught:
             await group.step({"path": str(gate), "ranks": [1]}, timeout_s=0.3)
         assert (caught.value.rank, caught.value.missing) == (1, (1,))
         assert caught.value.pid == group.health()[1].pid
@@ -173,7 +173,7 @@ async def test_back_pressure_when_a_rank_stalls(tmp_path: Path) -> None:
     closed, opened = {"path": str(gate), "ranks": [1]}, {"path": str(gate), "ranks": []}
     async with launch("Gate", window=2, deadlines=replace(DEADLINES, step_s=0.5)) as group:
         pending = [await group.submit(closed, timeout_s=30.0), await group.submit(opened, timeout_s=30.0)]
-        with pytest.raises(BackpressureError, match=r"no room in the window of 2 frames within 0\.5 s: ranks 1 have not done the oldest"):
+        with pytest.raises(BackpressureError, match=r"no room in the window of 2 frames within 0\.5 s: rank 1 has not done the oldest"):
             await group.submit(opened)
         waiting = [asyncio.ensure_future(group.submit(opened, timeout_s=30.0)) for _ in range(4)]
         await asyncio.wait(waiting, timeout=0.05)

@@ -11,16 +11,14 @@ import os
 import secrets
 import signal
 import tempfile
-import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import zmq
+from support.holdings import Holdings, start_zero_copy_thread
 from support.polling import block_until
 
 MARK = "ZSPMD_TEST_MARK"
-SHARED_MEMORY = Path("/dev/shm")
 DEADLINE_S = 5.0
 
 
@@ -32,13 +30,13 @@ class LeakCheck:
     """
 
     def __enter__(self) -> LeakCheck:
-        _start_zero_copy_thread()
+        start_zero_copy_thread()
         self._before = {name: os.environ.get(name) for name in (MARK, "XDG_RUNTIME_DIR")}
         self._directory = tempfile.TemporaryDirectory(prefix="z")  # short: a socket's path has 107 bytes at most
         self.runtime_dir = Path(self._directory.name)
         self._mark = secrets.token_hex(8)
         os.environ.update({MARK: self._mark, "XDG_RUNTIME_DIR": str(self.runtime_dir)})
-        self._fds, self._threads, self._shared_memory = _open_fds(), set(threading.enumerate()), _shared_memory()
+        self._holdings = Holdings.now()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,12 +72,9 @@ class LeakCheck:
             raise TimeoutError(f"left after {timeout_s:g} s: {self.processes()} {self.run_directories()}") from None
 
     def check(self) -> None:
-        """Assert that there is no process, run directory, descriptor, thread or shared memory that was not there before."""
+        """Assert that no process and no run directory is left, and that this process holds nothing that it did not hold before."""
         self.wait_gone()
-        assert _zombies() == []
-        assert {fd: target for fd, target in _open_fds().items() if self._fds.get(fd) != target} == {}
-        assert set(threading.enumerate()) - self._threads == set()
-        assert _shared_memory() - self._shared_memory == set()
+        self._holdings.check()
 
 
 @pytest.fixture
@@ -88,36 +83,3 @@ async def leak_check() -> AsyncIterator[LeakCheck]:
     with LeakCheck() as check:
         yield check
         check.check()
-
-
-def _open_fds() -> dict[int, str]:
-    """Return where each descriptor of this process leads."""
-    fds = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            fds[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except FileNotFoundError:  # that of the listing itself
-            continue
-    return fds
-
-
-def _shared_memory() -> set[str]:
-    return {entry.name for entry in SHARED_MEMORY.iterdir() if "zspmd" in entry.name} if SHARED_MEMORY.is_dir() else set()
-
-
-def _zombies() -> list[int]:
-    """Return children of this process that ended and were not waited for."""
-    try:
-        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return []
-    return [] if ended is None else [ended.si_pid]
-
-
-def _start_zero_copy_thread() -> None:
-    """Have pyzmq start the thread by which it frees large buffers; it starts once a process and stays."""
-    with zmq.Context() as context, context.socket(zmq.PAIR) as left, context.socket(zmq.PAIR) as right:
-        left.bind("inproc://warm")
-        right.connect("inproc://warm")
-        left.send(bytes(1 << 17), copy=False)
-        right.recv()

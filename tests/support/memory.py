@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 
@@ -18,3 +19,9 @@ def peak_bytes() -> int:
         match = re.search(r"VmHWM:\s+([0-9]+) kB", file.read())
     assert match is not None
     return int(match[1]) << 10
+
+
+def resident_bytes() -> int:
+    """Return what this process holds in memory now, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,7 @@ from support.contexts import KeepingContext
 import zspmd
 from zspmd.errors import BadFrameError
 from zspmd.runtime.driver.store import StoreState
-from zspmd.transport.control_sockets import ControlServer
+from zspmd.transport.control_sockets import ControlClient, ControlServer
 from zspmd.transport.records import Accepted, Hello, Reject, StoreReply, StoreRequest
 from zspmd.workers.store_client import StoreClient
 
@@ -53,13 +53,13 @@ class StoreServer:
         self._directory.cleanup()
 
     def client(self, timeout_s: float = 10.0) -> StoreClient:
-        return StoreClient(self._client_context, self._endpoint, HELLO, timeout_s=timeout_s)
+        return StoreClient(lambda: ControlClient(self._client_context, self._endpoint), HELLO, timeout_s=timeout_s)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             replies = self.state.expire(monotonic())
             if self._server.socket.poll(PERIOD_MS):
-                connection, record = self._server.receive()
+                connection, record, _ = self._server.receive()
                 if isinstance(record, Hello):
                     self.requests[connection] = 0
                     self._server.send(connection, self.answer)

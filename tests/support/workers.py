@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -257,3 +258,53 @@ class Reuser(zspmd.Worker):
             return [np.zeros(2000)] * inputs["num_arrays"]
         self.buffer[:] = inputs["fill"]
         return self.buffer
+
+
+class Starved(zspmd.Worker):
+    """Runs out of what its step names by rank: descriptors, memory, or room for the memory of its collectives."""
+
+    def step(self, inputs: Any) -> Any:
+        action = inputs.get(self.ctx.rank)
+        if action == "files":
+            while True:
+                os.dup(0)
+        if action == "memory":
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+            return np.ones(1 << 28)
+        if action == "cgroup":
+            Path(inputs["procs"]).write_text(str(os.getpid()))
+            return np.ones(1 << 28)
+        if action == "shared memory":  # a file of more than 64 KiB is refused; so is one in memory
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        return self.ctx.mesh["tp"].all_reduce(np.ones(1))
+
+
+class Meeting(zspmd.Worker):
+    """Uses the launch's store when it is told to, and not before."""
+
+    def step(self, inputs: Any) -> Any:
+        return None
+
+    @zspmd.rpc
+    def meet(self) -> None:
+        self.ctx.coordinator.barrier()
+
+
+class Chatter(zspmd.Worker):
+    """Prints 256 KiB in each step."""
+
+    def step(self, inputs: Any) -> Any:
+        for _ in range(256):
+            print("x" * 1023, flush=True)
+
+
+class Counting(zspmd.Worker):
+    """Answers each step with its rank, how many it had done before, and what it got."""
+
+    def setup(self) -> None:
+        self.num_done = 0
+
+    def step(self, inputs: Any) -> Any:
+        self.num_done += 1
+        return [self.ctx.rank, self.num_done - 1, inputs]

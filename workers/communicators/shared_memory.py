@@ -21,7 +21,7 @@ from ...topology import AxisGroup
 from .arguments import HALF_DTYPES
 from .communicator import Communicator
 from .setup import CommunicatorSetup
-from .shared_region import SLOT_BYTES, SharedRegion, region_bytes
+from .shared_region import SLOT_BYTES, SharedRegion, make_region_file, map_region
 
 _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "sum": torch.add,
@@ -161,19 +161,19 @@ def create_shared_memory(setup: CommunicatorSetup) -> SharedMemoryCommunicator:
 
     Raises:
         ConfigError: the ranks are on several machines, or in containers that hide their processes.
+        ResourceError: there is not enough memory.
         CoordinatorTimeoutError: a rank of the group did not come within ``timeout_s``.
         PeerLostError: one ended after it had come.
     """
-    group, size_bytes = setup.group, region_bytes(setup.group.size)
+    group = setup.group
     fd = -1
     try:
         if group.is_first:
-            fd = os.memfd_create("zspmd-collectives", os.MFD_CLOEXEC)
-            os.posix_fallocate(fd, 0, size_bytes)  # so that a lack of memory is an error here, not a SIGBUS later
+            fd = make_region_file(group)
         path = setup.meet(f"/proc/{os.getpid()}/fd/{fd}".encode()).decode()
         if not group.is_first:
             fd = _open_file(path, group)
-        communicator = SharedMemoryCommunicator(group, mmap.mmap(fd, size_bytes), timeout_s=setup.timeout_s)
+        communicator = SharedMemoryCommunicator(group, map_region(fd, group), timeout_s=setup.timeout_s)
         communicator.barrier()  # everybody has opened the file: its first descriptor may go
         return communicator
     finally:

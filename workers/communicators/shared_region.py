@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from ...errors import PeerLostError
+from ...errors import PeerLostError, ResourceError
 from ...topology import AxisGroup
 
 SLOT_BYTES = 256 << 10
@@ -114,6 +114,38 @@ def region_bytes(size: int) -> int:
     return _head_bytes(size) + 4 * size * SLOT_BYTES
 
 
+def make_region_file(group: AxisGroup) -> int:
+    """Return a descriptor of a file without a name that has all the memory that the group shares.
+
+    It is allocated here, since a page that is missing when it is first written to would be a SIGBUS.
+
+    Raises:
+        ResourceError: there is not that much memory.
+    """
+    size_bytes = region_bytes(group.size)
+    fd = -1
+    try:
+        fd = os.memfd_create("zspmd-collectives", os.MFD_CLOEXEC)
+        os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise _shortage(group, "allocate", error) from error
+    return fd
+
+
+def map_region(fd: int, group: AxisGroup) -> mmap.mmap:
+    """Return the memory of ``make_region_file`` in this process; the descriptor may be closed.
+
+    Raises:
+        ResourceError: there is no room for it, as under ``ulimit -v``.
+    """
+    try:
+        return mmap.mmap(fd, region_bytes(group.size))
+    except OSError as error:
+        raise _shortage(group, "map", error) from error
+
+
 def is_alive(pid: int, start_time: int) -> bool:
     """Whether the process runs that had this id and start time; one that has ended and was not waited for does not."""
     try:
@@ -132,6 +164,13 @@ def _read_stat(pid: int) -> tuple[str, int]:
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()  # the name before it may hold anything
     return fields[0], int(fields[19])
+
+
+def _shortage(group: AxisGroup, what: str, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"cannot {what} the {region_bytes(group.size)} B of memory that the {group.size} ranks of axis {group.axis} share: {error}; "
+        "give the ranks more memory (ulimit -v, -f and -n, the container's limit), or use gloo"
+    )
 
 
 def _head_bytes(size: int) -> int:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgpack
 import pytest
 import zmq
 from support.polling import wait_until
@@ -199,6 +200,18 @@ async def test_a_bad_store_request_is_answered_with_the_reason(hub: Hub) -> None
     assert isinstance(reply, StoreReply)
     assert (reply.request_id, reply.error[:23]) == (3, "store operation 'exec';")
     assert hub.errors == []
+
+
+async def test_a_reply_that_would_be_too_long_is_an_error_of_its_own_and_the_next_timeout_comes(hub: Hub) -> None:
+    """A request without the fields that may be left out holds more keys than the reply that names them."""
+    client = await store(hub, 0)
+    client.send(StoreRequest(request_id=2, op="get", keys=("later",), timeout_s=0.03))
+    bare = msgpack.packb({"record": "StoreRequest", "request_id": 1, "op": "wait", "keys": ["k" * ((1 << 20) - 60)]})
+    client.socket.send(bare)
+    replies = [await hub.answer(client) for _ in range(2)]
+    assert isinstance(replies[0], StoreReply)
+    assert (replies[0].request_id, replies[0].error[:23]) == (1, "a StoreReply packs to 1")
+    assert replies[1] == StoreReply(request_id=2, absent=("later",))
 
 
 async def test_a_waiter_that_is_gone_costs_nobody_else_its_reply(hub: Hub) -> None:

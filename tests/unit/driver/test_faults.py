@@ -79,6 +79,13 @@ def test_an_exception_of_its_own_outranks_one_of_a_lost_peer(log: FaultLog, mess
     assert [consequence[:6] for consequence in error.consequences] == ["rank 0"]
 
 
+def test_what_a_lost_peer_explains_is_no_cause_by_itself(log: FaultLog) -> None:
+    log.raised(0, failure("Connection closed by peer"))
+    assert not log.has_cause
+    log.exited(1, -signal.SIGKILL)
+    assert log.has_cause
+
+
 def test_a_death_outranks_exceptions_that_were_heard_of_before_it(log: FaultLog) -> None:
     log.raised(0, failure("Connection closed by peer"))
     log.raised(1, failure("its own"))
@@ -87,6 +94,18 @@ def test_a_death_outranks_exceptions_that_were_heard_of_before_it(log: FaultLog)
     assert isinstance(error, WorkerExitedError)
     assert error.rank == 2
     assert [consequence[:6] for consequence in error.consequences] == ["rank 1", "rank 0"]
+
+
+def test_an_exit_whose_reason_has_yet_to_be_heard_of_is_no_death(log: FaultLog) -> None:
+    log.exited(2, 1)
+    log.raised(0, failure("its own"))
+    assert log.first_cause().rank == 0
+
+
+def test_an_exit_whose_reason_was_lost_outranks_a_peer_that_noticed_it(log: FaultLog) -> None:
+    log.raised(0, failure("Connection closed by peer"))
+    log.exited(2, 1)
+    assert log.first_cause().rank == 2
 
 
 def test_a_rank_that_raised_and_then_exited_has_raised(log: FaultLog) -> None:
@@ -111,6 +130,17 @@ def test_what_the_driver_found_is_raised_itself(log: FaultLog) -> None:
     log.failed(WorkerStalledError("does not answer either", rank=0))
     assert log.first_cause() is found
     assert found.consequences == ("rank 0: does not answer either",)
+
+
+@pytest.mark.parametrize("is_heard_of", [True, False], ids=["says why", "has yet to say why"])
+def test_a_rank_that_the_driver_had_to_end_is_blamed_before_a_peer_that_noticed_its_end(log: FaultLog, is_heard_of: bool) -> None:
+    log.exited(0, 1)
+    if is_heard_of:
+        log.raised(0, failure("Connection closed by peer"))
+    found = WorkerStalledError("did not end", rank=1)
+    log.failed(found)
+    assert log.first_cause() is found
+    assert [consequence[:6] for consequence in found.consequences] == ["rank 0"]
 
 
 def test_an_exception_is_blamed_before_a_rank_that_the_driver_had_to_end(log: FaultLog) -> None:

@@ -45,8 +45,10 @@ async def settle() -> None:
 
 async def test_it_lets_through_while_there_is_room() -> None:
     line = Line(2)
-    await line.started("a", "b", "c")
+    tasks = await line.started("a", "b", "c")
     assert (line.published, line.gate.has_waiters) == (["a", "b"], True)
+    line.acknowledge()
+    await asyncio.gather(*tasks)
 
 
 async def test_room_is_given_in_the_order_of_asking() -> None:
@@ -92,7 +94,7 @@ async def test_who_is_cancelled_passes_the_room_on(is_granted: bool) -> None:
 async def test_who_waits_too_long_is_told_who_is_behind_and_the_rest_go_on() -> None:
     line = Line(1)
     _, patient = await line.started("a", "b")
-    with pytest.raises(BackpressureError, match=r"no room in the window of 1 frames within 0\.01 s: ranks 0 have not done the oldest"):
+    with pytest.raises(BackpressureError, match=r"no room in the window of 1 frames within 0\.01 s: rank 0 has not done the oldest"):
         await line.publish("c", timeout_s=0.01)
     line.acknowledge()
     await patient

@@ -38,7 +38,11 @@ def test_a_class_of_the_main_script_carries_its_path(monkeypatch: pytest.MonkeyP
         worker_reference(main_class)
 
 
-@pytest.mark.parametrize("worker", ["Echo", "module:", ":Echo", "", None, Echo(), 7], ids=repr)
+@pytest.mark.parametrize(
+    "worker",
+    ["Echo", "module:", ":Echo", "", None, Echo(), 7],
+    ids=["no module", "no class", "only a class", "empty", "None", "an instance", "a number"],
+)
 def test_what_is_no_worker_reference_is_refused(worker: Any) -> None:
     with pytest.raises(ConfigError, match="worker is "):
         worker_reference(worker)

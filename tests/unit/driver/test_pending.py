@@ -107,7 +107,7 @@ async def test_what_comes_after_the_end_is_dropped() -> None:
 async def test_it_expires_with_the_ranks_that_have_not_answered() -> None:
     pending = make((0, 1, 2))
     pending.answer(1, None)
-    pending.expire_after(0.01, lambda p: WorkerStalledError("late", rank=0, missing=p.missing))
+    pending.expire_after(0.01, lambda p: p.fail(WorkerStalledError("late", rank=0, missing=p.missing)))
     with pytest.raises(WorkerStalledError) as caught:
         await pending
     assert caught.value.missing == (0, 2)
@@ -115,10 +115,11 @@ async def test_it_expires_with_the_ranks_that_have_not_answered() -> None:
 
 async def test_an_answer_in_time_stops_the_clock() -> None:
     pending = make((0,))
-    pending.expire_after(0.01, lambda p: WorkerStalledError("late", rank=0))
+    rung: list[PendingReply] = []
+    pending.expire_after(0.01, rung.append)
     pending.answer(0, 7)
-    assert pending._timer is not None
-    assert pending._timer.cancelled()
+    await asyncio.sleep(0.03)
+    assert rung == []
 
 
 async def test_wait_done_never_raises() -> None:

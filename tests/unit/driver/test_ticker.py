@@ -70,6 +70,16 @@ def test_steps_that_follow_each_other_need_no_tick(rig: Rig) -> None:
     assert len(rig.clock.timers) == 1
 
 
+def test_a_frame_after_a_long_silence_is_watched_as_closely_as_the_first(rig: Rig) -> None:
+    rig.publish()
+    rig.clock.advance(100 * FIRST_TICK_S)
+    rig.ticks.clear()
+    rig.publish()
+    published = rig.clock.now
+    rig.clock.advance(3 * FIRST_TICK_S)
+    assert rig.ticks == [published + FIRST_TICK_S, published + 3 * FIRST_TICK_S]
+
+
 def test_an_idle_group_has_no_timer(rig: Rig) -> None:
     rig.publish()
     rig.window.acknowledged(0, 0)

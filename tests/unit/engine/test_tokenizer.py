@@ -108,8 +108,8 @@ def test_a_chat_that_cannot_be_rendered_is_the_requests_error(
     [
         ("tokenizer.json", None, "no tokenizer.json; add one, or give prompts as token ids"),
         ("tokenizer.json", "{}", "cannot be read"),
-        ("tokenizer_config.json", "{", "is no JSON"),
-        ("tokenizer_config.json", "[]", "holds a list"),
+        ("tokenizer_config.json", "{", "is not valid JSON"),
+        ("tokenizer_config.json", "[]", "is a JSON list"),
         ("tokenizer_config.json", '{"chat_template": 3}', "chat_template in .* is a int"),
     ],
     ids=["missing", "malformed", "no JSON", "no object", "template type"],

@@ -12,23 +12,28 @@ from zspmd.runtime.launch.agent_protocol import (
     MAX_RECORD_BYTES,
     AgentGone,
     AgentRecord,
+    AgentStarted,
     AgentWarning,
+    DumpStacks,
+    GuardGone,
     Hold,
     LaunchFailed,
     RankExited,
     RankLog,
+    RankStack,
     RankStart,
     RankStarted,
     RecordReader,
     Release,
     Signal,
+    StacksDone,
     Start,
     Stop,
     encode_record,
 )
 from zspmd.transport.schema import read_record
 
-START = Start((RankStart(0, {"A": "b", "raw": "\udcff"}, b"\0key"),), "spawn", argv=("prog", "-x"), log_dir="/logs", lock_fd=7)
+START = Start((RankStart(0, {"A": "b", "raw": "\udcff"}, b"\0key"),), "spawn", argv=("prog", "-x"), log_dir="/logs", kill_s=0.5)
 RECORDS: list[AgentRecord] = [
     START,
     Start((), "fork", preload=("torch",)),
@@ -36,12 +41,17 @@ RECORDS: list[AgentRecord] = [
     Signal(15),
     Hold(),
     Release(),
+    DumpStacks(3),
+    AgentStarted(16),
     RankStarted(0, 17),
     RankLog(1, "err", ("one", "")),
     RankExited(1, 18, -9, ("last",), '{"message": 1}'),
     AgentWarning("full"),
     LaunchFailed("no"),
+    RankStack(3, 1, "Thread 0x1\n  File"),
+    StacksDone(3),
     AgentGone((5, 6)),
+    GuardGone(),
 ]
 
 
@@ -92,8 +102,8 @@ def test_malformed_records_say_which_field(values: object, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("ranks", [1]), ("ranks", [{"rank": 0}]), ("start_method", "exec"), ("argv", [b"x"]), ("log_dir", 1), ("lock_fd", -2)],
-    ids=["rank", "rank fields", "method", "argument", "log_dir", "lock_fd"],
+    [("ranks", [1]), ("ranks", [{"rank": 0}]), ("start_method", "exec"), ("argv", [b"x"]), ("log_dir", 1), ("kill_s", -2)],
+    ids=["rank", "rank fields", "method", "argument", "log_dir", "kill_s"],
 )
 def test_malformed_starts_are_refused(field: str, value: object) -> None:
     values = msgpack.unpackb(encode_record(START)[4:], unicode_errors="surrogateescape")

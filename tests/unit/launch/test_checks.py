@@ -52,6 +52,13 @@ def test_low_limits_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (check.status, check.advice) == (WARN, "many ranks may not fit: ulimit -n 4096 and ulimit -u 4096")
 
 
+def test_limits_that_no_launch_fits_into_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (40, 40))
+    check = checks.check_limits()
+    assert check.status == FAIL
+    assert "a launch of 1 rank needs 72 more" in check.advice
+
+
 def test_a_small_shared_memory_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64 << 20, 0, 64 << 20))
     check = checks.check_shared_memory()

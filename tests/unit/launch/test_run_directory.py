@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zspmd.errors import ConfigError, EndpointInUseError, LaunchError
+from zspmd.errors import ConfigError, EndpointInUseError, LaunchError, ResourceError
 from zspmd.runtime.launch import run_directory
 from zspmd.runtime.launch.run_directory import LOCK_NAME, MAX_SOCKET_PATH_BYTES, RunDirectory, run_directory_path
 
@@ -106,14 +107,57 @@ def leave_dead(name: str) -> Path:
 
 def test_a_launch_removes_what_dead_ones_of_other_ids_left_and_nothing_else() -> None:
     live = RunDirectory.create("live")
-    dead = [leave_dead("dead"), leave_dead("gone")]
-    made_just_now = run_directory_path("new")  # another launch is between mkdir and its lock
-    made_just_now.mkdir(mode=0o700)
+    dead = [leave_dead("dead"), leave_dead("gone"), run_directory_path("without-lock")]
+    dead[-1].mkdir(mode=0o700)
+    not_ours = run_directory_path("not-ours")  # something lies in it, and there is no lock
+    not_ours.mkdir()
+    (not_ours / "file").write_text("")
     RunDirectory.create("next").remove()
-    assert [path.exists() for path in dead] == [False, False]
-    assert made_just_now.exists()
+    assert [path.exists() for path in dead] == [False, False, False]
+    assert (not_ours / "file").exists()
     assert (live.path / LOCK_NAME).exists()
     live.remove()
+
+
+def test_a_directory_that_is_removed_before_its_maker_has_locked_it_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_mkdir = Path.mkdir
+    removed: list[str] = []
+
+    def mkdir_and_lose(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        real_mkdir(path, mode, parents, exist_ok)
+        if path.name == "launch" and not removed:
+            removed.extend(run_directory.remove_dead_directories())
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_lose)
+    directory = RunDirectory.create("launch")
+    assert removed == ["launch"]
+    assert (directory.path / LOCK_NAME).exists()
+    directory.remove()
+
+
+def test_a_handed_over_directory_is_held_and_can_be_taken_by_each_who_has_the_other_end() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        with ours:
+            assert RunDirectory.handed_over(theirs) is None
+            directory = RunDirectory.create("launch")
+            directory.hand_over(ours)
+        os.close(directory.lock_fd)  # as the driver's death does
+        with pytest.raises(EndpointInUseError):
+            RunDirectory.create("launch")
+        taken = [RunDirectory.handed_over(theirs), RunDirectory.handed_over(theirs)]
+        for taker in taken:
+            assert taker is not None
+            assert taker.path == directory.path
+            taker.remove()
+        assert not directory.path.exists()
+
+
+def test_where_the_driver_ended_before_it_handed_a_directory_over_there_is_none() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        ours.close()
+        assert RunDirectory.handed_over(theirs) is None
 
 
 def test_a_launch_waits_for_somebody_who_only_looks_whether_its_directory_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +243,34 @@ def test_a_parent_that_is_not_private_is_refused(runtime_dir: Path, kind: str) -
         parent.write_text("")
     with pytest.raises(LaunchError, match=str(parent)):
         RunDirectory.create("launch")
+
+
+def test_no_temporary_directory_is_named_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("tempfile.gettempdir", refuse)
+    with pytest.raises(ResourceError, match=r"found in \['/tmp', '/var/tmp'\]: each is missing, full or read-only; set XDG_RUNTIME_DIR"):
+        run_directory_path("any")
+
+
+@pytest.mark.parametrize("call", ["os.ftruncate", "os.pwrite"])
+def test_a_full_disk_leaves_no_directory_and_no_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with monkeypatch.context() as full:
+        full.setattr(call, refuse)
+        with pytest.raises(ResourceError, match=r"cannot use the run directory .*No space left on device; the disk is full"):
+            RunDirectory.create("full")
+    assert list((tmp_path / "zspmd").iterdir()) == []
+    RunDirectory.create("full").remove()
+
+
+def test_the_runtime_directory_of_another_user_is_left_alone(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``su`` and ``sudo`` leave the variable: what root made there would shut its owner out."""
+    assert run_directory_path("x").parent == runtime_dir / "zspmd"
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert run_directory_path("x").parent == Path(tempfile.gettempdir()) / "zspmd-12345"

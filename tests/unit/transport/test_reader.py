@@ -123,7 +123,8 @@ async def test_a_closed_reader_reads_no_more(context: Context) -> None:
     inbox.reader.close()
     inbox.reader.poke()
     inbox.reader.drain()
-    await asyncio.wait([asyncio.ensure_future(inbox._change.wait())], timeout=0.01)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(inbox._change.wait(), 0.01)
     assert inbox.messages == []
     assert inbox.ours.recv(zmq.NOBLOCK) == b"0"
 

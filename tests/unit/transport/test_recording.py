@@ -165,6 +165,29 @@ def test_a_full_disk_ends_the_recording_with_one_line_and_whole_entries(tmp_path
     assert "ran out of disk" in file.note
 
 
+def test_a_full_disk_under_stderr_too_is_no_error_of_the_launch(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as stderr:
+        done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "file")], stdout=subprocess.PIPE, stderr=stderr, timeout=60)
+    # 120 is what the interpreter makes of a stderr that cannot be flushed.
+    assert (done.returncode in (0, 120), done.stdout) == (True, b"False\n")
+
+
+def test_a_disk_that_turns_out_full_when_the_file_is_closed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def close_and_refuse(fd: int) -> None:
+        close(fd)
+        raise OSError(28, "No space left on device")
+
+    path, close = tmp_path / "file", os.close
+    writer = EntryWriter.create(str(path))
+    with monkeypatch.context() as full:
+        full.setattr(os, "close", close_and_refuse)
+        writer.close()
+        writer.close()
+    assert capsys.readouterr().err == f"zspmd: the recording {path} may be cut: [Errno 28] No space left on device\n"
+
+
 def test_a_launch_is_read_back(tmp_path: Path) -> None:
     path = write_recording(tmp_path / "run.zsr", frames=[{"x": 1}, ["info", [], {}, [0]]], answers=[(0, 1, "one"), (0, 2, "two")])
     recording = Recording.open(str(path))

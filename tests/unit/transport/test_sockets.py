@@ -15,9 +15,8 @@ from zspmd.errors import BackpressureError, BadFrameError, LaunchError, StepGapE
 from zspmd.transport.codec import ValueEncoder, decode_value
 from zspmd.transport.control_sockets import ControlServer
 from zspmd.transport.frames import STEP_TOPIC, ResultKind, StepFrame, StepKind, pack_result_header, pack_step_header
+from zspmd.transport.messages import COPY_BELOW_BYTES, HIGH_WATER_MARK
 from zspmd.transport.sockets import (
-    COPY_BELOW_BYTES,
-    HIGH_WATER_MARK,
     ResultCollector,
     ResultPusher,
     StepPublisher,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zspmd.errors import InternalError, ProtocolError
+from zspmd.errors import AnswerLostError, InternalError, ProtocolError, TransportError
 from zspmd.transport.window import CreditWindow
 
 
@@ -38,18 +38,19 @@ def test_missing_names_the_ranks_of_a_frame() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "seq", "words"),
+    ("rank", "seq", "error", "words"),
     [
-        (0, 1, "rank 0 acknowledged frame 1 where 0 was due"),
-        (0, -1, "frame -1 where 0"),
-        (2, 0, "rank 2; the ranks are 0 to 1"),
-        (-1, 0, "rank -1"),
+        (0, 1, AnswerLostError, "rank 0: its answer to frame 0 was lost on the way: the next that came is to frame 1"),
+        (0, 2, ProtocolError, "frame 2 where 0"),
+        (0, -1, ProtocolError, "frame -1 where 0"),
+        (2, 0, ProtocolError, "rank 2; the ranks are 0 to 1"),
+        (-1, 0, ProtocolError, "rank -1"),
     ],
-    ids=["skipped", "negative", "no such rank", "negative rank"],
+    ids=["skipped", "not published", "negative", "no such rank", "negative rank"],
 )
-def test_a_wrong_acknowledgement_is_refused_and_changes_nothing(rank: int, seq: int, words: str) -> None:
+def test_a_wrong_acknowledgement_is_refused_and_changes_nothing(rank: int, seq: int, error: type[TransportError], words: str) -> None:
     window = window_of(2)
-    with pytest.raises(ProtocolError, match=words):
+    with pytest.raises(error, match=words):
         window.acknowledged(rank, seq)
     assert (window.in_flight, window.missing(0)) == (2, [0, 1])
 

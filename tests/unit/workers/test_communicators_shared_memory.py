@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ import pytest
 import torch
 from support.polling import block_until
 
-from zspmd.errors import ClosedError, PeerLostError
+from zspmd.errors import ClosedError, PeerLostError, ResourceError
 from zspmd.topology import AxisGroup
 from zspmd.workers.communicators.shared_memory import SharedMemoryCommunicator
-from zspmd.workers.communicators.shared_region import is_alive, region_bytes
+from zspmd.workers.communicators.shared_region import is_alive, make_region_file, map_region, region_bytes
 
 DETECTION_S = 1.0
 NAME = "zspmd-collectives"
@@ -97,6 +98,30 @@ def test_close_lets_go_of_the_memory() -> None:
         assert not is_mapped()
         with pytest.raises(ClosedError, match="the communicator of axis tp has been closed"):
             communicator.all_reduce(torch.ones(3))
+
+
+@contextmanager
+def lowered(limit: int, value: int) -> Iterator[None]:
+    before = resource.getrlimit(limit)
+    resource.setrlimit(limit, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(limit, before)
+
+
+def test_memory_that_cannot_be_allocated_or_mapped_is_an_error_before_it_is_touched() -> None:
+    group, num_open = AxisGroup("tp", (4, 7), 0), len(os.listdir("/proc/self/fd"))
+    refused = pytest.raises(ResourceError, match=r"cannot allocate the 2\d{6} B of memory that the 2 ranks of axis tp share: .*too large")
+    with lowered(resource.RLIMIT_FSIZE, 1 << 16), refused:
+        make_region_file(group)
+    assert len(os.listdir("/proc/self/fd")) == num_open
+    fd = make_region_file(group)
+    assert os.fstat(fd).st_blocks * 512 >= region_bytes(2), "all of its pages are there"
+    with lowered(resource.RLIMIT_AS, 1 << 20), pytest.raises(ResourceError, match=r"cannot map the .*Cannot allocate memory"):
+        map_region(fd, group)
+    map_region(fd, group).close()
+    os.close(fd)
 
 
 def test_a_process_is_alive_until_it_has_ended() -> None:

@@ -76,10 +76,11 @@ def test_an_operation_of_64_ranks_takes_each_three_requests_at_most(server: Stor
     assert max(server.requests.values()) <= 3 * rounds
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_thousand_operations_leave_two_keys_a_rank(server: StoreServer, operation: str) -> None:
+def test_many_operations_leave_two_keys_a_rank(server: StoreServer, operation: str, count: int) -> None:
     def program(coordinator: zspmd.Coordinator) -> int:
-        for _ in range(1000):
+        for _ in range(count):
             OPERATIONS[operation](coordinator)
         coordinator.barrier()
         return coordinator.store.count()

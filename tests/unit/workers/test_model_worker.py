@@ -192,5 +192,5 @@ def test_auto_is_float32_on_a_cpu_and_the_checkpoint_elsewhere(dtype: str, devic
 
 
 def test_unknown_dtype_names_those_that_work() -> None:
-    with pytest.raises(ConfigError, match=r"dtype is 'int32'.*choose float32, bfloat16 or float16"):
+    with pytest.raises(ConfigError, match=r"dtype is 'int32'.*choose one of auto, float32, bfloat16, float16"):
         choose_dtype("int32", "float16", torch.device("cpu"))

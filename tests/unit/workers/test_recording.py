@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import zmq
+from support.contexts import KeepingContext
 
 from zspmd.errors import ConfigError, RecordingError, ReplayDivergedError, StoreTimeoutError
 from zspmd.topology import AxisGroup
+from zspmd.transport.control_sockets import ControlClient
+from zspmd.transport.recorded_launch import rank_path
 from zspmd.transport.records import Hello, StoreReply, StoreRequest
 from zspmd.workers.communicators.communicator import Communicator
 from zspmd.workers.communicators.recorded import RecordingCommunicator, ReplayedCommunicator
@@ -36,10 +38,12 @@ def open_peers(path: str, *, has_failed: bool = False) -> RecordedPeers:
 
 
 def record(path: str, use: Callable[[Communicator], Any], *, is_closed: bool = True) -> Any:
-    log = PeerLog.create(path, 0, epoch=5)
+    log, file = PeerLog.create(path, 0, epoch=5), Path(rank_path(path, 0))
     result = use(RecordingCommunicator(SoloCommunicator(GROUP), "tp", log))
-    if is_closed:
-        log.close()
+    before = file.read_bytes()
+    log.close()
+    if not is_closed:
+        file.write_bytes(before)
     return result
 
 
@@ -145,11 +149,18 @@ class AnsweringStore(StoreClient):
         )
 
 
-def test_the_store_answers_as_it_did(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def context() -> Iterator[KeepingContext]:
+    made = KeepingContext()
+    yield made
+    made.destroy(linger=0)
+
+
+def test_the_store_answers_as_it_did(path: str, monkeypatch: pytest.MonkeyPatch, context: KeepingContext) -> None:
     monkeypatch.setattr(StoreClient, "_exchange", AnsweringStore._exchange)
     nobody = Hello(token=b"", rank=0, pid=0, host="", version="", purpose="store")
     log = PeerLog.create(path, 0, epoch=5)
-    store = RecordingStore(log, StoreClient(zmq.Context.instance(), "", nobody, timeout_s=3.0))
+    store = RecordingStore(log, StoreClient(lambda: ControlClient(context, "inproc://nobody"), nobody, timeout_s=3.0))
     assert store.get("a") == b"for a"
     with pytest.raises(StoreTimeoutError):
         store.wait(["b"])
