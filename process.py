@@ -54,11 +54,19 @@ def become_subreaper() -> None:
 
 
 def child_pids() -> set[int]:
-    """Return the pids of this process's own and adopted children, zombies included."""
+    """Return the pids of this process's own and adopted children, zombies included.
+
+    Raises:
+        OSError: /proc does not tell.
+    """
     pids: set[int] = set()
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/children") as children:
-            pids.update(int(pid) for pid in children.read().split())
+        try:
+            with open(f"/proc/self/task/{task}/children") as children:
+                pids.update(int(pid) for pid in children.read().split())
+        except (FileNotFoundError, ProcessLookupError):
+            if int(task) == os.getpid():  # any other thread may have ended meanwhile, and its children are another's by then
+                raise
     return pids
 
 

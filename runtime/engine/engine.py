@@ -276,7 +276,7 @@ class Engine:
             self._recovery.advance(is_drained=not self._in_flight)
         step = self._scheduler.schedule() if len(self._in_flight) < self.config.window else None
         if step is not None:
-            assert self._ranks is not None
+            assert self._ranks is not None, "the loop runs only once it is started"
             pending = await self._ranks.submit(encode_batch_step(step.batch), [pending for _, pending in self._in_flight])
             pending.add_done_callback(self._wake.set)
             self._in_flight.append((step, pending))

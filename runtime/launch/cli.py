@@ -35,7 +35,7 @@ from ...errors import ConfigError, LaunchError, PeerLostError, ReadyTimeoutError
 from ...process import child_pids
 from ...topology import axis_groups
 from ...transport.security import tcp_endpoint
-from .launcher_process import is_output_closed, on_stop_signals, open_standard_streams, orphans_ended
+from .launcher_process import ignore_stop_signals, is_output_closed, on_stop_signals, open_standard_streams, orphans_ended
 from .option_values import make_log_dir
 from .options import LaunchOptions as LaunchOptions
 from .options import ScriptOptions, build_parser, ignored_options, is_script, launch_options, script_options, wants_logs
@@ -201,7 +201,10 @@ async def _run_script(options: ScriptOptions) -> int:
 
     launch = ScriptLaunch(options)
     on_stop_signals(launch.interrupt)
-    return await launch.run()
+    try:
+        return await launch.run()
+    finally:
+        ignore_stop_signals()
 
 
 async def _run_until_signal(program: Coroutine[Any, Any, int]) -> int:
@@ -233,6 +236,8 @@ async def _run_until_signal(program: Coroutine[Any, Any, int]) -> int:
         if len(received) < 2:
             raise
         print(f"zspmd-run: {error}", file=sys.stderr)  # what ending its ranks by force has made of it
+    finally:
+        ignore_stop_signals()
     print(f"zspmd-run: ended by {signal.Signals(received[0]).name}", file=sys.stderr)
     return 128 + received[0]
 

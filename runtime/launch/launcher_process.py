@@ -60,3 +60,8 @@ def on_stop_signals(handle: Callable[[int], None]) -> None:
     for number in _STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
             loop.add_signal_handler(number, handle, number)
+
+
+def ignore_stop_signals() -> None:
+    """Let no further signal change how this process ends: nothing is left to be ended, and its exit code is known."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)

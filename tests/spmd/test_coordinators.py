@@ -32,7 +32,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[CoordinatorRanks]:
         leaks.check()
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture
 def mortals(request: pytest.FixtureRequest) -> Iterator[CoordinatorRanks]:
     """Three ranks that a test may kill."""
     with LeakCheck() as leaks:
@@ -182,6 +182,7 @@ def test_use_after_close(ranks: CoordinatorRanks) -> None:
     assert ranks.all("use_after_close") == [dict.fromkeys(operations, "ClosedError")] * WORLD_SIZE
 
 
+@pytest.mark.parametrize("mortals", ["store", pytest.param("torch", marks=pytest.mark.long)], indirect=True)
 def test_a_death_is_named_at_the_timeout(mortals: CoordinatorRanks) -> None:
     """Rank 1 dies inside a barrier that it had entered: the others may leave that one, and miss it in the next."""
     barrier(mortals)

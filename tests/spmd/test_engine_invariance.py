@@ -76,6 +76,7 @@ LAYOUTS = {
         has_chunks=True,
     ),
 }
+QUICK = ("whole-prompts-window-1", "everything-window-2")  # the rest do one part of the latter each
 TP_SIZES = (1, 2)
 ALONE = (0, 3, 7, 18, 31)
 
@@ -130,7 +131,7 @@ async def run_layouts(directory: Path, layout: Layout) -> dict[int, Run]:
     return dict(zip(TP_SIZES, await asyncio.gather(*(run_layout(directory, layout, tp) for tp in TP_SIZES))))
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in LAYOUTS])
 def runs(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Layout, dict[int, Run]]:
     """Start the engines of a layout together: each spends most of its time importing torch on one core."""
     layout = LAYOUTS[request.param]

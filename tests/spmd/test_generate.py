@@ -49,7 +49,12 @@ def test_no_prompt_at_all_is_an_error(leak_check: LeakCheck) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, id="INT"),
+        pytest.param(signal.SIGTERM, 143, id="TERM"),
+        pytest.param(signal.SIGHUP, 129, id="HUP", marks=pytest.mark.long),
+    ],
 )
 def test_a_signal_in_the_middle_ends_everything(leak_check: LeakCheck, number: signal.Signals, code: int) -> None:
     endless = ["generate", "--ignore-eos", "--max-tokens", "500", *["zspmd is"] * 64]
@@ -89,7 +94,6 @@ def test_a_killed_rank_is_named_and_its_signal_is_the_exit_code(leak_check: Leak
 
 def test_a_killed_rank_is_replaced_and_the_text_goes_on(leak_check: LeakCheck) -> None:
     command = [*RUN, "--tp", "2", "generate", "--ignore-eos", "--max-tokens", "200", *["zspmd is"] * 8]
-    undisturbed = run(*command[3:])
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -97,7 +101,9 @@ def test_a_killed_rank_is_replaced_and_the_text_goes_on(leak_check: LeakCheck) -
         os.kill(rank_pid(process.pid, "zspmd-rank1"), signal.SIGKILL)
         text += process.stdout.read()  # not communicate(): it forgets what read(1) has buffered
         told = process.stderr.read()
-    assert (process.returncode, text) == (0, undisturbed.stdout)
+    lines = text.splitlines()
+    assert (process.returncode, [line[: len(LINE)] for line in lines]) == (0, [LINE] * 8)  # the rank was killed in the middle of it
+    assert len(set(lines)) == 1
     assert "was ended by SIGKILL" in told
     assert "restarting the workers, 8 requests go on" in told
 

@@ -29,7 +29,7 @@ import zspmd
 
 class Doubler(zspmd.Worker):
     def step(self, inputs):
-        return self.ctx.mesh["tp"].all_reduce(inputs * 2)
+        return inputs * 2
 
 async def main():
     async with zspmd.launch(Doubler, world_size=2, preload=(), record=sys.argv[1]) as group:
@@ -158,7 +158,7 @@ def test_a_failure_of_the_teardown_fails_again(leak_check: LeakCheck, tmp_path: 
 
     async def record() -> None:
         with pytest.raises(zspmd.WorkerRaisedError, match="the end goes wrong"):
-            async with launch("FailingAtTheEnd", path) as group:
+            async with launch("FailingAtTheEnd", path, preload=()) as group:
                 await group.step({"number": 0})
 
     asyncio.run(record())
@@ -176,9 +176,6 @@ def test_a_failure_that_does_not_come_again_is_a_difference(leak_check: LeakChec
     assert done.returncode == 1
     assert "step 2: recorded builtins.RuntimeError: 'the third step goes wrong', replayed an answer" in done.stdout
     assert "\nreplayed: no failure\ndifferent\n" in done.stdout
-    alone = replay(failed, "--rank", "1", differ="failure")
-    assert alone.returncode == 1
-    assert "failed when it was recorded, and not in the replay: WorkerRaisedError of rank 1 in step 2: " in alone.stdout
 
 
 async def test_an_engine_is_replayed(leak_check: LeakCheck, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model worker that some requests end: their prompts say how, and after how many of their tokens."""
+"""A worker of an engine that some requests end: their prompts say how, and after how many of their tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable
 
+from support.plain_model import PlainModel
+
 from zspmd.transport.batch import decode_batch_step
-from zspmd.workers.model_worker import ModelWorker
 
 WORKER = "support.poison:PoisonableWorker"
 MARK = (301, 17, 302)  # no prompt of text has these tokens of the demo model in this order
@@ -38,7 +39,7 @@ def poison_prompt(way: str, num_outputs: int) -> list[int]:
     return [*MARK, list(WAYS).index(way), num_outputs]
 
 
-class PoisonableWorker(ModelWorker):
+class PoisonableWorker(PlainModel):
     """Computes as its base does, until a poisoned sequence has so many outputs that it is time."""
 
     def step(self, inputs: bytes | memoryview) -> list[object]:

@@ -52,6 +52,7 @@ MAY_ASSERT = {
     "zspmd.runtime.driver.processes": "a rank that is welcomed has a connection",
     "zspmd.runtime.driver.script_launch": "used only once started",
     "zspmd.runtime.engine.blocks": "a full block has a digest",
+    "zspmd.runtime.engine.engine": "its loop runs only once it is started",
     "zspmd.runtime.engine.scheduler": "one sequence alone fits",
     "zspmd.runtime.launch.rank_starting": "used only while open",
     "zspmd.runtime.launch.supervisor": "used only once started",

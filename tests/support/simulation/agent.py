@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ from .ranks import SIGKILL, SIGTERM, SimulatedRank
 
 if TYPE_CHECKING:
     from .launch import SimulatedLaunch
+
+
+_unpack = functools.lru_cache(unpack_record)
 
 
 class SimulatedAgent:
@@ -113,7 +117,7 @@ class SimulatedAgent:
     def _start_rank(self, rank: int, bootstrap: bytes) -> None:
         if self._is_ending:
             return
-        record = unpack_record(bootstrap)
+        record = _unpack(bootstrap)
         assert isinstance(record, Bootstrap)
         self._num_running += 1
         self._launch.ranks.append(SimulatedRank(self._launch, rank, record))

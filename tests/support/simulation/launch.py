@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import time
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -13,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 import zspmd
-from zspmd.runtime.driver import processes
+from zspmd.runtime.driver import processes, step_stream
 from zspmd.runtime.launch import plan, supervisor
+from zspmd.transport import control_sockets
 from zspmd.transport.control_sockets import ControlClient
 from zspmd.transport.frames import ResultKind
-from zspmd.transport.records import Hello
+from zspmd.transport.records import Hello, unpack_record
+from zspmd.transport.schema import pack_record
+from zspmd.workers import loop as serving
 
 from .agent import SimulatedAgent
 from .loop import SimulatedLoop
@@ -31,6 +33,8 @@ from .world import World
 if TYPE_CHECKING:
     from .checks import Checks
 
+EPOCH = 0x53494D55
+TOKEN = b"of the simulated launch".ljust(32)
 _TAMPERING = {"answer_lost": "lose", "answer_doubled": "double", "answer_garbled": "garble"}
 _KIND_BYTE = 3  # of a header
 _NOT_COUNTED = (ResultKind.GAP, ResultKind.ERROR)  # answers that the window does not count: asked for again, or told by the exit too
@@ -163,6 +167,9 @@ class SimulatedLaunch:
 
 
 _AT_FRAME = frozenset((*DEADLY, *STALLING))
+# What a record becomes, and bytes, depends on nothing else, and runs share most of them: each is checked and packed once.
+_pack = functools.lru_cache(maxsize=4096)(pack_record)
+_unpack = functools.lru_cache(maxsize=4096)(unpack_record)
 
 
 def _down(subscription: SimulatedSocket) -> Link:
@@ -175,7 +182,6 @@ def _down(subscription: SimulatedSocket) -> Link:
 def simulated(launch: SimulatedLaunch) -> Iterator[None]:
     """Have the package take its clock, its sockets and its processes from the simulation."""
     world = launch.world
-    chance = random.Random(launch.options.seed)
     replacements: dict[Any, dict[str, Any]] = {
         time: {"monotonic": lambda: world.now, "monotonic_ns": lambda: round(world.now * 1e9)},
         zmq: {"Context": lambda: SimulatedContext(launch.network, launch.loop.readable)},
@@ -184,9 +190,17 @@ def simulated(launch: SimulatedLaunch) -> Iterator[None]:
             "RunDirectory": SimpleNamespace(create=lambda launch_id: launch.run_directory),
             "reserve_port": lambda launch_id, purpose: SimulatedPort(),
             "check_resources": lambda world_size: None,
-            "secrets": SimpleNamespace(randbits=chance.getrandbits, token_bytes=chance.randbytes),
+            "secrets": SimpleNamespace(randbits=lambda num_bits: EPOCH, token_bytes=lambda num_bytes: TOKEN),
+            "pack_record": _pack,
         },
-        plan: {"available_cores": lambda: 1, "detect_devices": lambda devices, world_size: list(devices)},
+        control_sockets: {"pack_record": _pack, "unpack_record": lambda data: _unpack(bytes(data))},
+        step_stream: {"unpack_record": lambda data: _unpack(bytes(data))},
+        serving: {"pack_record": _pack},
+        plan: {
+            "os": SimpleNamespace(environ={"PATH": "/simulated"}),
+            "available_cores": lambda: 1,
+            "detect_devices": lambda devices, world_size: list(devices),
+        },
     }
     originals = {module: {name: getattr(module, name) for name in names} for module, names in replacements.items()}
     _replace(replacements)

@@ -22,25 +22,22 @@ ResultT = TypeVar("ResultT")
 class SimulatedHandle:
     """A callback that is due, at ``when`` or as soon as can be; as much of ``asyncio.TimerHandle`` as is used."""
 
-    __slots__ = ("_args", "_callback", "_is_cancelled", "_when")
+    __slots__ = ("_when", "args", "callback", "is_cancelled")
 
     def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], when: float = 0.0) -> None:
-        self._callback = callback
-        self._args = args
+        self.callback = callback
+        self.args = args
+        self.is_cancelled = False
         self._when = when
-        self._is_cancelled = False
 
     def cancel(self) -> None:
-        self._is_cancelled = True
+        self.is_cancelled = True
 
     def cancelled(self) -> bool:
-        return self._is_cancelled
+        return self.is_cancelled
 
     def when(self) -> float:
         return self._when
-
-    def run(self) -> None:
-        self._callback(*self._args)
 
 
 class SimulatedLoop:
@@ -55,6 +52,7 @@ class SimulatedLoop:
         self._ready: deque[SimulatedHandle] = deque()
         self._timers: list[tuple[float, int, SimulatedHandle]] = []
         self._count = itertools.count()
+        self._until = math.inf
         self._readers: dict[int, tuple[Callable[..., object], tuple[Any, ...]]] = {}
         self._as_loop: Any = self  # for asyncio, whose annotations ask for all that a loop can have
         self.readable: dict[int, None] = {}  # in order, which a set has not
@@ -109,6 +107,7 @@ class SimulatedLoop:
         Raises:
             TimeoutError: it has not ended at ``until``, or nothing can happen any more.
         """
+        self._until = until
         asyncio._set_running_loop(self._as_loop)
         try:
             task: asyncio.Task[ResultT] = self.create_task(main)
@@ -125,27 +124,41 @@ class SimulatedLoop:
     def _turn(self) -> None:
         world, ready, timers = self._world, self._ready, self._timers
         if not ready:
-            next_at = min(world.next_at, timers[0][0] if timers else math.inf)
-            if next_at == math.inf:
-                raise TimeoutError("nothing can happen any more")
-            world.advance(next_at)
-        while world.now < (resume_at := max(world.driver_stopped_until, world.driver_blocked_until)):
-            world.advance(resume_at)
-        if self.readable:
-            for fd in self.readable:
-                if fd in self._readers:
-                    callback, args = self._readers[fd]
-                    ready.append(SimulatedHandle(callback, args))
+            self._sleep()
+        while world.now < world.driver_paused_until:
+            world.advance(world.driver_paused_until)
+        for fd in self.readable:
+            if fd in self._readers:
+                callback, args = self._readers[fd]
+                ready.append(SimulatedHandle(callback, args))
         while timers and timers[0][0] <= world.now:
             ready.append(heapq.heappop(timers)[2])
         for _ in range(len(ready)):
             handle = ready.popleft()
-            if not handle.cancelled():
-                self._run_one(handle)
-        world.advance(world.now + LONGEST_TURN_S * world.chance.random())
+            if handle.is_cancelled:
+                continue
+            try:
+                handle.callback(*handle.args)
+            except Exception as error:
+                self.complaints.append(f"a callback raised {error!r}")
+        turned_at = world.now + LONGEST_TURN_S * world.chance.random()
+        if world.next_at <= turned_at:
+            world.advance(turned_at)
+        else:
+            world.now = turned_at
 
-    def _run_one(self, handle: SimulatedHandle) -> None:
-        try:
-            handle.run()
-        except Exception as error:
-            self.complaints.append(f"a callback raised {error!r}")
+    def _sleep(self) -> None:
+        """Let time pass until a timer is due or something can be read; to the end of the run at most: a silent rank beats for ever."""
+        world = self._world
+        timer_at = self._timers[0][0] if self._timers else math.inf
+        while world.now < min(timer_at, self._until) and not (self.readable and self._can_read()):
+            next_at = world.next_at
+            if next_at < timer_at:
+                world.advance(next_at)
+            elif timer_at < math.inf:
+                world.advance(timer_at)
+            else:
+                raise TimeoutError("nothing can happen any more")
+
+    def _can_read(self) -> bool:
+        return not self._readers.keys().isdisjoint(self.readable)

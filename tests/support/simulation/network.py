@@ -24,7 +24,7 @@ class StepFaults:
     lost_at: list[float] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Link:
     """One direction of a connection, in order: what was sent first arrives first.
 
@@ -50,28 +50,28 @@ class Link:
 
     def wants(self, head: bytes) -> bool:
         """Whether the target has subscribed to what begins so."""
-        return any(head.startswith(topic) for topic in self.topics)
+        return head.startswith(tuple(self.topics))
 
     def send(self, message: Message) -> None:
         """Put a message on its way, or do to it what the options say."""
-        world = self.network.world
-        what = self.tampering.get(self.num_sent, "")
+        world, faults = self.network.world, self.faults
+        what = self.tampering.get(self.num_sent, "") if self.tampering else ""
         self.num_sent += 1
         if what:
             self.on_tampered(what, message)
-        if what == "lose" or world.happens(self.faults.lose):
+        if what == "lose" or (faults.lose and world.happens(faults.lose)):
             world.reach("message_lost")
-            self.faults.lost_at.append(world.now)
+            faults.lost_at.append(world.now)
             return
         if what == "garble":
             message = [b"SZ garbled", *message[1:]]
         elif what == "foreign":
             self._enqueue([message[0][:4] + b"else" + message[0][8:], *message[1:]])  # another epoch
         self._enqueue(message)
-        if what == "double" or world.happens(self.faults.double):
+        if what == "double" or (faults.double and world.happens(faults.double)):
             world.reach("message_doubled")
             self._enqueue(message)
-        if len(self.queue) > 1 and world.happens(self.faults.reorder):
+        if faults.reorder and len(self.queue) > 1 and world.happens(faults.reorder):
             world.reach("messages_reordered")
             self.queue[-1], self.queue[-2] = self.queue[-2], self.queue[-1]
 
@@ -83,9 +83,10 @@ class Link:
         """Deliver the oldest message; where the target's process is stopped, once it goes on."""
         if not self.queue:
             return  # cut meanwhile
-        goes_on_at = self.network.world.driver_stopped_until if self.target.owner.is_driver else self.target.owner.stopped_until
-        if goes_on_at > self.network.world.now:
-            self.network.world.at(goes_on_at + self.network.short_delay(), self._arrive)
+        world, owner = self.network.world, self.target.owner
+        goes_on_at = world.driver_stopped_until if owner.is_driver else owner.stopped_until
+        if goes_on_at > world.now:
+            world.at(goes_on_at + self.network.short_delay(), self._arrive)
             return
         message = self.queue.popleft()
         if self.target.kind == XPUB:
@@ -131,12 +132,14 @@ class Network:
         return self.next_fd()
 
     def short_delay(self) -> float:
-        return self.world.chance.uniform(*SHORT_DELAY_S)
+        shortest, longest = SHORT_DELAY_S
+        return shortest + (longest - shortest) * self.world.chance.random()
 
     def delay(self) -> float:
         """Draw how long a message takes."""
-        longest = self._slow_delay_s if self.world.chance.random() < 0.02 else self._longest_delay_s
-        return self.world.chance.uniform(SHORT_DELAY_S[0], longest)
+        draw = self.world.chance.random
+        longest = self._slow_delay_s if draw() < 0.02 else self._longest_delay_s
+        return SHORT_DELAY_S[0] + (longest - SHORT_DELAY_S[0]) * draw()
 
     def bind(self, endpoint: str, socket: SimulatedSocket) -> None:
         if endpoint in self.bound:

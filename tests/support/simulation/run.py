@@ -48,7 +48,7 @@ class Outcome:
     @property
     def digest(self) -> str:
         """The same for two runs that were the same."""
-        return hashlib.sha256(repr(self.trace).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr([(round(at, 7), what) for at, what in self.trace]).encode()).hexdigest()[:16]
 
 
 def simulate(seed: int) -> Outcome:

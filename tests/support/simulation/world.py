@@ -37,7 +37,7 @@ class World:
         self.violations: list[str] = []
         self.trace: list[tuple[float, str]] = []
         self.driver_stopped_until = 0.0  # all of its threads, as by SIGSTOP
-        self.driver_blocked_until = 0.0  # its event loop alone
+        self.driver_paused_until = 0.0  # its event loop, by that or alone
         self.paused_s = 0.0  # of the driver, in all
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = itertools.count()
@@ -53,13 +53,13 @@ class World:
 
     def after(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
         """Have ``action`` called ``delay_s`` from now."""
-        self.at(self.now + delay_s, action, *args)
+        heapq.heappush(self._queue, (self.now + delay_s, next(self._count), action, args))
 
     def advance(self, when: float) -> None:
         """Move time to ``when``, through all that happens until then."""
-        queue = self._queue
+        queue, pop = self._queue, heapq.heappop
         while queue and queue[0][0] <= when:
-            at, _, action, args = heapq.heappop(queue)
+            at, _, action, args = pop(queue)
             if at > self.now:
                 self.now = at
             action(*args)
@@ -72,7 +72,7 @@ class World:
 
     def note(self, what: str) -> None:
         """Write into the trace, which is compared between runs and printed for a seed that fails."""
-        self.trace.append((round(self.now - START_S, 7), what))
+        self.trace.append((self.now - START_S, what))
 
     def reach(self, counter: str, detail: str = "") -> None:
         """Count that a path was taken."""
@@ -93,10 +93,11 @@ class World:
         """Pause the driver's process with all of its threads: nothing arrives meanwhile."""
         self.reach("driver_stopped", f"for {duration_s:.3f} s")
         self.driver_stopped_until = max(self.driver_stopped_until, self.now + duration_s)
+        self.driver_paused_until = max(self.driver_paused_until, self.driver_stopped_until)
         self.paused_s += duration_s
 
     def block_driver(self, duration_s: float) -> None:
         """Keep the driver's loop busy: frames arrive, and nobody reads them."""
         self.reach("driver_blocked", f"for {duration_s:.3f} s")
-        self.driver_blocked_until = max(self.driver_blocked_until, self.now + duration_s)
+        self.driver_paused_until = max(self.driver_paused_until, self.now + duration_s)
         self.paused_s += duration_s

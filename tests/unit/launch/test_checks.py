@@ -8,7 +8,9 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,9 +85,16 @@ def test_a_kernel_without_pidfds_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pidfd_open: [Errno 38]" in check.text
 
 
-def test_a_run_directory_that_others_can_read_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    (tmp_path / "zspmd").mkdir(mode=0o755)
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """Hand out a directory whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(prefix="z") as path:
+        yield Path(path)
+
+
+def test_a_run_directory_that_others_can_read_fails(monkeypatch: pytest.MonkeyPatch, short_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
+    (short_path / "zspmd").mkdir(mode=0o755)
     check = checks.check_run_directory()
     assert check.status == FAIL
     assert "is not a directory with mode 0700" in check.text
@@ -118,9 +127,9 @@ def test_the_doctor_tells_of_every_check_and_whether_all_is_well(leak_check: Lea
     assert done.returncode == int(any(check["status"] == FAIL for check in told)) == 0, told
 
 
-def test_the_doctor_fails_where_no_launch_works(leak_check: LeakCheck, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "zspmd").write_text("not a directory")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_the_doctor_fails_where_no_launch_works(leak_check: LeakCheck, monkeypatch: pytest.MonkeyPatch, short_path: Path) -> None:
+    (short_path / "zspmd").write_text("not a directory")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
     done = run("doctor")
     assert done.returncode == 1
-    assert f"FAIL  run directory  {tmp_path}/zspmd" in done.stdout or f"cannot make the run directory {tmp_path}/zspmd" in done.stdout
+    assert f"FAIL  run directory  {short_path}/zspmd" in done.stdout or f"cannot make the run directory {short_path}/zspmd" in done.stdout
