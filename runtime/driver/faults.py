@@ -89,6 +89,11 @@ class FaultLog:
         """Whether something was seen that is not explained by the end of another rank."""
         return any(_severity(seen) < _PEER_LOST for seen in self._seen.values())
 
+    @property
+    def awaits_words(self) -> bool:
+        """Whether a rank has ended as one does that has told the driver why, and that has not been heard yet."""
+        return any(seen.failure is None and seen.exit_code == RAISED_EXIT_CODE for seen in self._seen.values())
+
     def first_cause(self) -> WorkerError:
         """Return the error of the rank that failed first, with the others' as its consequences."""
         ordered = sorted(self._seen.items(), key=lambda item: (_severity(item[1]), item[1].order))

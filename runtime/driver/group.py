@@ -321,7 +321,7 @@ class WorkerGroup:
         self._stop_ranks()
         self._verdict.stopping(signals_after_s=drain_s)
         await self._processes.stop(grace_s=drain_s)
-        fault = self._verdict.last_words()
+        fault = await self._verdict.last_words()
         if fault is not None and self.config.recorder is not None:
             self.config.recorder.failed(fault)
         return fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 import time
@@ -37,6 +38,7 @@ class Verdict:
         self._is_stopping = False
         self._signals_from = 0.0
         self._lost: PeerLostError | None = None
+        self._heard = asyncio.Event()
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Bind to the loop that everything is called on."""
@@ -47,13 +49,19 @@ class Verdict:
         self._is_stopping = True
         self._signals_from = time.monotonic() + signals_after_s
 
-    def last_words(self) -> ZspmdError | None:
-        """Return what went wrong while the ranks were being ended, or None."""
+    async def last_words(self) -> ZspmdError | None:
+        """Return what went wrong while the ranks were being ended, or None.
+
+        A rank's own word and its end come by different ways: where the word is missing, it has ``CAUSE_S`` to come.
+        """
+        with contextlib.suppress(asyncio.TimeoutError):  # it had no word, and its exit code is all there is
+            await asyncio.wait_for(self._wait_words(), CAUSE_S)
         return self._faults.first_cause() if self._faults else self._lost
 
     def raised(self, rank: int, failure: Failure) -> None:
         """Note that a rank's code raised."""
         self._faults.raised(rank, failure)
+        self._heard.set()
         self._settle()
 
     def exited(self, rank: int, exit_code: int) -> None:
@@ -98,6 +106,11 @@ class Verdict:
         error = ProtocolError(message)
         error.__cause__ = cause
         self.fail(error)
+
+    async def _wait_words(self) -> None:
+        while self._faults.awaits_words:
+            self._heard.clear()
+            await self._heard.wait()
 
     def _settle(self) -> None:
         """Collect what else is heard for a moment, then name the first cause."""

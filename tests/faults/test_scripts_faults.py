@@ -167,7 +167,8 @@ def test_a_program_that_drains_for_too_long_has_its_ranks_ended_by_more_signals(
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline().startswith("zspmd-run: SIGINT: ending; ")
         process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "got SIGTERM\n"
+        told = process.stdout.readline()
+        assert told == "got SIGTERM\n", process.stderr.read()
         if count == 3:
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)

@@ -76,7 +76,7 @@ async def test_the_end_of_a_rank_that_is_to_end(signals_after_s: float, exit_cod
     case = Case()
     case.verdict.stopping(signals_after_s=signals_after_s)
     case.verdict.exited(0, exit_code)
-    error = case.verdict.last_words()
+    error = await case.verdict.last_words()
     assert (None if error is None else type(error)) is kind
     assert (case.named, case.verdict.fault) == ([], None)
 
@@ -86,9 +86,9 @@ async def test_an_agent_that_is_lost_while_ranks_end_is_told_unless_a_rank_faile
     case.verdict.stopping()
     lost = PeerLostError("the agent is gone")
     case.verdict.troubled(lost)
-    assert case.verdict.last_words() is lost
+    assert await case.verdict.last_words() is lost
     case.verdict.exited(1, 3)
-    assert isinstance(case.verdict.last_words(), WorkerExitedError)
+    assert isinstance(await case.verdict.last_words(), WorkerExitedError)
 
 
 async def test_other_trouble_is_printed_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,3 +96,21 @@ async def test_other_trouble_is_printed_and_ends_nothing(capsys: pytest.CaptureF
     case.verdict.troubled(ProtocolError("a stranger knocks"))
     assert "zspmd: job: ProtocolError: a stranger knocks" in capsys.readouterr().err
     assert case.named == []
+
+
+async def test_a_ranks_own_word_may_come_after_its_end() -> None:
+    """It travels on the result socket, its end by the agent."""
+    case = Case()
+    case.verdict.stopping()
+    case.verdict.exited(1, 1)
+    asyncio.get_running_loop().call_later(0.02, case.verdict.raised, 1, BOOM)
+    error = await case.verdict.last_words()
+    assert isinstance(error, WorkerRaisedError)
+    assert error.exception_type == BOOM.exception_type
+
+
+async def test_a_rank_that_ends_with_code_1_without_a_word_is_told_all_the_same() -> None:
+    case = Case()
+    case.verdict.stopping()
+    case.verdict.exited(1, 1)
+    assert isinstance(await case.verdict.last_words(), WorkerExitedError)
