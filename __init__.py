@@ -32,6 +32,9 @@ _HOMES = {
     "LaunchError": ".errors",
     "ParallelConfig": ".config",
     "PeerLostError": ".errors",
+    "NodeLostError": ".errors",
+    "NodesConfig": ".config",
+    "PreflightError": ".errors",
     "ProtocolError": ".errors",
     "ReadyTimeoutError": ".errors",
     "RecordingError": ".errors",
@@ -62,6 +65,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from .config import Deadlines as Deadlines
     from .config import EngineConfig as EngineConfig
+    from .config import NodesConfig as NodesConfig
     from .config import ParallelConfig as ParallelConfig
     from .config import RestartPolicy as RestartPolicy
     from .config import SamplingParams as SamplingParams
@@ -77,7 +81,9 @@ if TYPE_CHECKING:
     from .errors import InsecureEndpointError as InsecureEndpointError
     from .errors import InternalError as InternalError
     from .errors import LaunchError as LaunchError
+    from .errors import NodeLostError as NodeLostError
     from .errors import PeerLostError as PeerLostError
+    from .errors import PreflightError as PreflightError
     from .errors import ProtocolError as ProtocolError
     from .errors import ReadyTimeoutError as ReadyTimeoutError
     from .errors import RecordingError as RecordingError

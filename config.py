@@ -53,6 +53,7 @@ class Deadlines:
         collective_s: for a rank inside a collective or store operation; longer than a step, since the driver is to speak first.
         drain_s: at shutdown, spent first on steps in flight; then again from STOP, for the ranks' own teardown, to SIGTERM.
         kill_s: from SIGTERM to SIGKILL, and again from SIGKILL until a process must be gone.
+        lease_s: for which the driver and the agent of another node may hear nothing of each other, until each takes the other for lost.
     """
 
     beat_s: float = 1.0
@@ -61,6 +62,7 @@ class Deadlines:
     collective_s: float = 600.0
     drain_s: float = 5.0
     kill_s: float = 2.0
+    lease_s: float = 15.0
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
@@ -71,6 +73,58 @@ class Deadlines:
             raise ConfigError(
                 f"deadlines must nest as beat_s < step_s <= collective_s; got {self.beat_s}, {self.step_s}, {self.collective_s} s"
             )
+
+
+RELAY_MODES = ("auto", "on", "off")
+MAX_FANOUT = 1024
+
+
+@dataclass(frozen=True)
+class NodesConfig:
+    """How other nodes are reached and what travels between them.
+
+    Args:
+        rsh: the command that starts an agent on a node, split as a shell does; it is called with the host and one command line. Where
+            the program's name is ssh it gets options: no terminal, no questions, no forwarding.
+        ssh_port: of sshd, where a host entry has none.
+        ssh_options: further arguments of ``rsh``, before the host.
+        python: the interpreter on the other nodes, where a host entry has none; None takes the driver's path.
+        iface: the interface for data, by name or as a network (10.0.0.0/8), where a host entry has none.
+        relay: whether an agent takes each step once for all ranks of its node: "auto", "on" or "off".
+        include, exclude, num_nodes: which of the hosts take part, as in ``docs/hostfile.md``.
+        environment: variables of this process that the ranks of other nodes get, by name or pattern (``WANDB_*``), beside the usual ones.
+        fanout: how many agents are started at the same time.
+        is_preflight: whether everything is compared and every connection tried before a rank starts.
+        allow_same_host: whether two entries may be the same machine.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    rsh: str = "ssh"
+    ssh_port: int | None = None
+    ssh_options: tuple[str, ...] = ()
+    python: str | None = None
+    iface: str | None = None
+    relay: str = "auto"
+    include: str | None = None
+    exclude: str | None = None
+    num_nodes: int | None = None
+    environment: tuple[str, ...] = ()
+    fanout: int = 32
+    is_preflight: bool = True
+    allow_same_host: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.rsh.strip():
+            raise ConfigError("rsh is empty; give the command that starts a program on a node, such as ssh")
+        if self.relay not in RELAY_MODES:
+            raise ConfigError(f"relay is {self.relay!r}; choose one of {', '.join(RELAY_MODES)}")
+        if self.ssh_port is not None:
+            _check_whole("ssh_port", self.ssh_port, 1, 65_535, "or leave it out")
+        if self.num_nodes is not None:
+            _check_whole("num_nodes", self.num_nodes, 1, 1 << 16, "or leave it out for all")
+        _check_whole("fanout", self.fanout, 1, MAX_FANOUT, "sshd itself takes ten new connections at a time")
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

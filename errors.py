@@ -3,17 +3,19 @@
     ZspmdError
       ConfigError(ValueError)       the user's input; raised before any process starts wherever it can be known then
         TopologyError               sizes that do not fit each other
-        HostfileError               a line of a hostfile
+        HostfileError               a hostfile or list of hosts: all its bad lines
         CheckpointError             a model directory: a file, a tensor, a field of config.json
         InsecureEndpointError       an address or key that would let others in
         RecordingError              a recording that cannot be read, or is not one
       LaunchError                   the group never became ready
+        PreflightError              what nodes lack or differ in, found before any rank is started
         EndpointInUseError          the launch id or a port is held by somebody else
         ReadyTimeoutError           some ranks did not answer in time
         ResourceError               the system has too little of something: file descriptors, memory, disk
       TransportError
         ClosedError                 this side has closed
         PeerLostError               the other side is gone
+          NodeLostError             a node of the launch: names it and its ranks
         BackpressureError           no room in the window within the deadline; nothing was sent
         StoreTimeoutError           keys of the coordinator's store did not appear in time; also a TimeoutError
         CoordinatorTimeoutError     ranks did not come to an operation of the coordinator in time; also a TimeoutError
@@ -37,7 +39,12 @@ Messages carry the value, the limit and the next action. The first fault is rais
 from __future__ import annotations
 
 import signal
+from collections import namedtuple
 from collections.abc import Mapping, Sequence
+
+# Of the table of a PreflightError: what is longer than a column shifts the rest of its line.
+_MAX_ROWS = 64
+_MAX_COLUMN = 80
 
 
 class ZspmdError(Exception):
@@ -53,12 +60,19 @@ class TopologyError(ConfigError):
 
 
 class HostfileError(ConfigError):
-    """A hostfile cannot be read; ``path`` and ``line`` (from 1) say where."""
+    """A hostfile or list of hosts cannot be used: every bad place at once, one line of text each.
 
-    def __init__(self, message: str, *, path: str, line: int) -> None:
-        super().__init__(f"{path}:{line}: {message}")
+    Attributes:
+        problems: (line, column, rule broken), both from 1, in the order of the text; line 0 means the whole of it.
+        path: the file, or what the hosts came from, such as "--host".
+        line: of the first problem.
+    """
+
+    def __init__(self, problems: Sequence[tuple[int, int, str]], *, path: str) -> None:
+        super().__init__("\n".join(f"{path}:{line}:{column}: {rule}" if line else f"{path}: {rule}" for line, column, rule in problems))
+        self.problems = tuple(problems)
         self.path = path
-        self.line = line
+        self.line = self.problems[0][0]
 
 
 class CheckpointError(ConfigError):
@@ -84,6 +98,39 @@ class RecordingError(ConfigError):
 
 class LaunchError(ZspmdError):
     """The worker group never became ready."""
+
+
+class NodeProblem(namedtuple("NodeProblem", ("host", "check", "text", "advice"))):
+    """Why a launch cannot use a node: the check that it failed, what was found there, and what to do about it.
+
+    It is no dataclass, which would cost the guard of each node 5 ms of imports.
+    """
+
+    __slots__ = ()
+    host: str
+    check: str
+    text: str
+    advice: str
+
+
+class PreflightError(LaunchError):
+    """Nodes cannot be used as they are, and no rank was started; ``problems`` has each, ``fine`` the hosts that have none."""
+
+    def __init__(self, problems: Sequence[NodeProblem], *, fine: Sequence[str] = ()) -> None:
+        super().__init__(f"{len(problems)} problems of nodes")
+        self.problems = tuple(problems)
+        self.fine = tuple(fine)
+
+    def __str__(self) -> str:
+        num_hosts = len({problem.host for problem in self.problems})
+        lines = [f"no rank was started: {num_hosts} of {num_hosts + len(self.fine)} hosts cannot be used as they are"]
+        rows = [("host", "check", "what", "fix")]
+        rows += [(_one_line(p.host), _one_line(p.check), _one_line(p.text), _one_line(p.advice)) for p in self.problems[:_MAX_ROWS]]
+        widths = [min(_MAX_COLUMN, max(len(row[column]) for row in rows)) for column in range(3)]
+        lines += ["  " + "  ".join((*(f"{cell:<{width}}" for cell, width in zip(row, widths)), row[3])).rstrip() for row in rows]
+        if len(self.problems) > _MAX_ROWS:
+            lines.append(f"  and {len(self.problems) - _MAX_ROWS} more")
+        return "\n".join([*lines, f"  fine: {_some(self.fine)}"] if self.fine else lines)
 
 
 class EndpointInUseError(LaunchError):
@@ -112,6 +159,18 @@ class ClosedError(TransportError):
 
 class PeerLostError(TransportError):
     """The other side is gone."""
+
+
+class NodeLostError(PeerLostError):
+    """A node of the launch is gone, or its agent: ``host`` and ``ranks`` say which; "" for the driver's own.
+
+    What ran there ends by itself, whether or not anybody can see it.
+    """
+
+    def __init__(self, message: str, *, host: str = "", ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.host = host
+        self.ranks = tuple(ranks)
 
 
 class BackpressureError(TransportError):
@@ -281,3 +340,12 @@ def describe_exit(exit_code: int) -> str:
 
 def _indent(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.rstrip().splitlines())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _some(names: Sequence[str], limit: int = 16) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

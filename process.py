@@ -25,6 +25,7 @@ STACKS_FD = "ZSPMD_STACKS_FD"
 # Has a rank write its stacks for the agent. A real-time one, which no library uses by default; people have SIGUSR1.
 STACKS_SIGNAL = signal.SIGRTMIN + 11
 STACKS_READY = b"ready\n"
+CONNECTION_LOST = 111  # how a rank ends whose connection to the driver broke
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 _SWEEP_PERIOD_S = 0.005

@@ -1,4 +1,4 @@
-"""Prints what the wire costs: bytes, codec times beside pickle, and the round trip of a step beside raw pyzmq. Asserts nothing.
+"""Prints what the wire costs: bytes, and codec times beside pickle. Asserts nothing.
 
 Whatever is compared is measured in turns in one run, so that a busy machine slows both sides; the ratio is the figure to read.
 """
@@ -11,23 +11,18 @@ import pickle
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import msgpack
 import numpy as np
-import uvloop
 import zmq
 from rich.console import Console
 from rich.table import Table
 
-import zspmd
 from zspmd.transport.batch import BatchStep, decode_batch_step, encode_batch_step
 from zspmd.transport.codec import ValueEncoder, decode_value, pack_tensor_meta
 from zspmd.transport.frames import StepKind, pack_step_header
@@ -36,18 +31,6 @@ BATCH = 256
 NEW_BLOCKS = 16
 ROUNDS = 12  # turns of each side
 CODEC_CALLS = 500  # a turn
-STEPS = 150  # a turn
-WARM_UP = 300
-RANKS = (1, 2)
-PAYLOADS = {"512 B": 512, "64 KB": 64 << 10}
-PEER_TIMEOUT_MS = 30_000
-
-
-class Acknowledger(zspmd.Worker):
-    """Answers each step with nothing, as soon as it is there."""
-
-    def step(self, inputs: Any) -> None:
-        return None
 
 
 def decode_step() -> BatchStep:
@@ -114,38 +97,6 @@ def print_codec_times(console: Console) -> None:
     console.print(table)
 
 
-async def print_round_trips(console: Console) -> None:
-    table = Table("payload", "ranks", "zspmd median us", "p99", "raw pyzmq median us", "p99", "ratio", title="Round trip of a step")
-    for num_ranks in RANKS:
-        async with zspmd.launch(Acknowledger, world_size=num_ranks, output_ranks="all", preload=()) as group:
-            with raw_peers(num_ranks) as round_trip:
-                for name, size in PAYLOADS.items():
-                    ours, raw = await times_in_turns(group, round_trip, bytes(size))
-                    ratio = statistics.median(ours) / statistics.median(raw)
-                    table.add_row(name, str(num_ranks), *figures(ours), *figures(raw), f"{ratio:.2f}")
-    console.print(table)
-
-
-async def times_in_turns(group: zspmd.WorkerGroup, round_trip: Callable[[bytes], None], payload: bytes) -> tuple[list[float], list[float]]:
-    """Return microseconds of the group's steps and of the raw round trips; the first turn of each warms up."""
-    await step_times(group, payload, WARM_UP)
-    timed(partial(round_trip, payload), WARM_UP)
-    ours, raw = list[float](), list[float]()
-    for _ in range(ROUNDS):
-        ours += await step_times(group, payload, STEPS)
-        raw += timed(partial(round_trip, payload), STEPS)
-    return ours, raw
-
-
-async def step_times(group: zspmd.WorkerGroup, payload: bytes, count: int) -> list[float]:
-    samples = []
-    for _ in range(count):
-        began = time.perf_counter()
-        await group.step(payload)
-        samples.append((time.perf_counter() - began) * 1e6)
-    return samples
-
-
 def timed(function: Callable[[], object], count: int) -> list[float]:
     """Return microseconds of each call."""
     samples = []
@@ -156,46 +107,6 @@ def timed(function: Callable[[], object], count: int) -> list[float]:
     return samples
 
 
-@contextmanager
-def raw_peers(num_peers: int) -> Iterator[Callable[[bytes], None]]:
-    """Start processes that wait in ``serve_raw``; yields what sends a payload to all and returns when each has answered."""
-    with tempfile.TemporaryDirectory(prefix="zbench") as directory, zmq.Context() as context:
-        publisher, collector = context.socket(zmq.XPUB), context.socket(zmq.PULL)
-        publisher.bind(f"ipc://{directory}/step")
-        collector.bind(f"ipc://{directory}/result")
-        collector.setsockopt(zmq.RCVTIMEO, PEER_TIMEOUT_MS)
-        publisher.setsockopt(zmq.RCVTIMEO, PEER_TIMEOUT_MS)
-        peers = [subprocess.Popen([sys.executable, __file__, "--peer", directory]) for _ in range(num_peers)]
-        try:
-            for _ in peers:
-                collector.recv()  # each says that it is there; what it subscribed to has arrived before
-
-            def round_trip(payload: bytes) -> None:
-                publisher.send(payload)
-                for _ in peers:
-                    collector.recv()
-
-            yield round_trip
-        finally:
-            for peer in peers:
-                peer.kill()
-                peer.wait()
-            publisher.close(0)
-            collector.close(0)
-
-
-def serve_raw(directory: str) -> None:
-    """Answer every message with 24 bytes, until killed."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    subscriber, pusher = context.socket(zmq.SUB), context.socket(zmq.PUSH)
-    subscriber.subscribe(b"")
-    subscriber.connect(f"ipc://{directory}/step")
-    pusher.connect(f"ipc://{directory}/result")
-    while True:
-        pusher.send(bytes(24))
-        subscriber.recv()
-
-
 def figures(samples: list[float]) -> tuple[str, str]:
     """Return median and 99th percentile."""
     return f"{statistics.median(samples):.1f}", f"{statistics.quantiles(samples, n=100)[98]:.1f}"
@@ -203,10 +114,7 @@ def figures(samples: list[float]) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", metavar="DIRECTORY", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peer is not None:
-        serve_raw(options.peer)
+    parser.parse_args()
     console = Console()
     load = os.getloadavg()[0]
     libraries = f"pyzmq {zmq.__version__} over libzmq {zmq.zmq_version()}, msgpack {'.'.join(map(str, msgpack.version))}"
@@ -215,7 +123,6 @@ def main() -> None:
     console.print(f"command: {shlex.join(sys.argv)}")
     print_sizes(console)
     print_codec_times(console)
-    uvloop.run(print_round_trips(console))
 
 
 def processor() -> str:

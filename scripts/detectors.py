@@ -29,6 +29,11 @@ GROUP_FAULTS, WATCH_TESTS, CONTROL_TESTS = (
     "tests/unit/driver/test_watch.py",
     "tests/unit/driver/test_control.py",
 )
+LEASE, DUTIES, ASSEMBLY = "runtime/launch/lease.py", "runtime/launch/node_duties.py", "runtime/launch/assembly.py"
+REMOTE, PORTS, PROCESS = "runtime/launch/remote_agent.py", "runtime/launch/ports.py", "process.py"
+NODES, NODES_LOST, NODES_START = (f"tests/faults/test_script_nodes{part}.py" for part in ("", "_lost", "_start"))
+ESCAPED = f"{NODES}::test_what_a_rank_of_another_node_has_started_ends_with_it_and_strangers_live_on"
+CUT = f"{NODES_LOST}::test_a_node_behind_a_cut_link_is_lost_on_both_sides_and_stays_so"
 SOCKET_TESTS, WINDOW_TESTS = "tests/unit/transport/test_sockets.py", "tests/unit/transport/test_window.py"
 DOOR_TESTS, WIRE_SECURITY, WIRE_FAULTS = (
     "tests/unit/transport/test_door.py",
@@ -79,6 +84,7 @@ DETECTORS = [
         "        if not data:\n            asyncio.get_running_loop().remove_reader(self._read_fd)\n",
         (
             f"{AGENT_TESTS}::test_an_agent_whose_stream_ends_needs_no_killing",
+            f"{NODES_LOST}::test_the_death_of_the_launcher_leaves_nothing_on_any_node",
             f"{GROUP_FAULTS}::test_an_agent_that_is_killed_takes_the_group_with_it",
         ),
     ),
@@ -87,14 +93,75 @@ DETECTORS = [
         AGENT,
         "        loop.add_reader(self._guard_pidfd, self._on_guard_end)\n",
         "",
-        (f"{DEATHS}::test_one_below_the_driver_dies",),
+        (f"{DEATHS}::test_one_below_the_driver_dies", ESCAPED),
     ),
     Detector(
         "guard, which ends what an agent leaves",
         GUARD,
         "if left := end_children(_REAP_S):",
         "if left := []:",
-        (f"{DEATHS}::test_one_below_the_driver_dies",),
+        (f"{DEATHS}::test_one_below_the_driver_dies", ESCAPED),
+    ),
+    Detector(
+        "sweep of what ranks have started", AGENT, "            self._kill_orphans()\n            await", "            await", (ESCAPED,)
+    ),
+    Detector(
+        "signal of the parent's death",
+        PROCESS,
+        "    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)\n",
+        "",
+        (f"{NODES_LOST}::test_the_death_of_agent_and_guard_at_once_ends_their_ranks",),
+    ),
+    Detector("lease at the driver", REMOTE, "        self._lease.start()\n", "", (CUT,)),
+    Detector("lease at an agent", DUTIES, "        self._lease.start()\n", "", (CUT,)),
+    Detector(
+        "pause of one's own, in a lease",
+        LEASE,
+        "        self._num_silent += 1\n",
+        "        self._num_silent += 1 + round((self._loop.time() - self._timer.when()) / self._beat_s)  # type: ignore\n",
+        ("tests/unit/launch/test_lease.py",),
+    ),
+    Detector(
+        "cause at an agent that lost its driver",
+        AGENT,
+        "        self._stream.send(DriverLost(reason))\n        self._is_mute = True\n",
+        "",
+        (f"{NODES_LOST}::test_a_launcher_that_stands_still_for_longer_finds_its_nodes_gone",),
+    ),
+    Detector(
+        "version in a greeting",
+        REMOTE,
+        "        if version != __version__:\n",
+        "        if False:\n",
+        ("tests/unit/launch/test_remote_agent.py",),
+    ),
+    Detector(
+        "proof of addresses",
+        ASSEMBLY,
+        "            await self._prove_addresses()\n",
+        "            pass\n",
+        (f"{NODES_START}::test_a_firewall_between_two_hosts_is_named_from_both_ends",),
+    ),
+    Detector(
+        "facts of nodes, compared",
+        ASSEMBLY,
+        "            _raise(compare_facts(reference, named, allow_same_host=self._request.config.allow_same_host), self._names)\n",
+        "            pass\n",
+        (f"{NODES_START}::test_hosts_without_the_directory_and_with_another_script_are_named_each_on_a_line",),
+    ),
+    Detector(
+        "hold of the master port",
+        PORTS,
+        "        if holder is not None:\n",
+        "        if holder is not None:\n            holder.close()\n",
+        (f"{NODES_START}::test_launches_at_once_over_the_same_hosts_share_no_port",),
+    ),
+    Detector(
+        "who has signalled a rank",
+        RANKS,
+        "self._error_report(), ended_ns, self._was_signalled)",
+        "self._error_report(), ended_ns)",
+        ("tests/unit/launch/test_rank_process.py",),
     ),
     Detector(
         "beat of a rank",
@@ -120,7 +187,7 @@ DETECTORS = [
     Detector(
         "sequence of answers, at the driver",
         WINDOW,
-        "        if seq != due or seq >= self._oldest + len(self._missing):\n",
+        "        if seq != self._next_ack[rank] or seq >= self.oldest + self.in_flight:\n",
         "        if False:\n",
         (WINDOW_TESTS, f"{WIRE_FAULTS}::test_an_answer_that_is_dropped_is_named"),
     ),
@@ -141,8 +208,8 @@ DETECTORS = [
     Detector(
         "ZAP's list of keys",
         DOOR,
-        "        reason = self._refusal(domain.decode(), rank)\n",
-        "        reason, rank = '', rank or 0\n",
+        "        reason = self._refusal(domain.decode(), peer)\n",
+        "        reason, peer = '', peer or _Peer('0', 0, 'rank 0')\n",
         (DOOR_TESTS, f"{WIRE_SECURITY}::test_a_stranger_with_an_unlisted_key_is_not_heard"),
     ),
     Detector(

@@ -20,7 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of ranks, which tests start sid
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("support")  # python -O drops the asserts of a module that pytest does not rewrite
 
-from support.holdings import Holdings, check_tasks, start_zero_copy_thread  # noqa: E402  # found by the path above
+from support.cluster_fixtures import cluster as cluster  # noqa: E402  # found by the path above
+from support.cluster_fixtures import needs_sshd as needs_sshd  # noqa: E402
+from support.cluster_fixtures import rsh as rsh  # noqa: E402
+from support.cluster_fixtures import shared_cluster as shared_cluster  # noqa: E402
+from support.cluster_fixtures import ssh_servers as ssh_servers  # noqa: E402
+from support.holdings import Holdings, check_tasks, start_zero_copy_thread  # noqa: E402
 from support.leaks import leak_check as leak_check  # noqa: E402
 
 # What nohup, or a shell's background, ignores, the programs under test would ignore too.
@@ -40,9 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_run_directories() -> Iterator[None]:
-    """Keep the run directories of these tests apart from those of every other program of this user."""
+    """Keep run directories and log files of these tests apart from those of every other program of this user."""
     with tempfile.TemporaryDirectory(prefix="z") as directory, pytest.MonkeyPatch.context() as environment:
         environment.setenv("XDG_RUNTIME_DIR", directory)
+        environment.setenv("XDG_STATE_HOME", f"{directory}/state")
         start_zero_copy_thread()
         yield
 

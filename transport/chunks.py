@@ -32,6 +32,8 @@ def join_parts(parts: Sequence[zmq.Frame]) -> list[zmq.Frame | bytes]:
     Raises:
         BadFrameError: a part above the limit, or the last one is to be continued.
     """
+    if len(parts) == 1 and len(parts[0]) < CHUNK_BYTES:
+        return [parts[0]]
     frames: list[zmq.Frame | bytes] = []
     begun: list[memoryview] = []
     for part in parts:

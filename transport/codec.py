@@ -32,6 +32,12 @@ MAX_DEPTH = 500  # msgpack's packer stops a little above
 _HARMLESS_BYTES = 128  # a body this small cannot announce more than some 40 KB in all
 TENSOR_EXT = 1
 NUMPY, TORCH = 0, 1
+_NO_VALUE = (ValueError, TypeError, msgpack.UnpackException, RecursionError)
+# by the first byte of a body: fixint, fixstr, nil, bool, bin, float, int, str; the others are maps, arrays, ext types and 0xc1, never used
+_IS_SCALAR = [
+    byte < 0x80 or 0xA0 <= byte <= 0xBF or byte in (0xC0, *range(0xC2, 0xC7), *range(0xCA, 0xD4), *range(0xD9, 0xDC)) or byte >= 0xE0
+    for byte in range(256)
+]
 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 """How a bf16 tensor looks where there is no torch: its raw 16 bits, under a name. ``bfloat16_to_float32`` gives the numbers."""
@@ -134,6 +140,11 @@ def decode_value(body: Buffer, buffers: Sequence[Buffer]) -> Any:
     """
     if len(body) > MAX_BODY_BYTES:
         raise BadFrameError(f"a body of {len(body)} B; the limit is {MAX_BODY_BYTES}")
+    if not buffers and body and _IS_SCALAR[body[0]]:  # nothing can be announced that is not there, and it is no tensor and no timestamp
+        try:
+            return msgpack.unpackb(body)
+        except _NO_VALUE as error:
+            raise _no_value(error) from error
     taken = iter(buffers)
     used = 0
 
@@ -160,11 +171,15 @@ def decode_value(body: Buffer, buffers: Sequence[Buffer]) -> Any:
         _refuse_timestamps(value, bytes(body))
     except BadFrameError:
         raise
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise BadFrameError(f"the body is no valid value: {type(error).__name__}: {error}") from error
+    except _NO_VALUE as error:
+        raise _no_value(error) from error
     if used != len(buffers):
         raise BadFrameError(f"the message has {len(buffers)} tensor buffers, its body names {used}")
     return value
+
+
+def _no_value(error: Exception) -> BadFrameError:
+    return BadFrameError(f"the body is no valid value: {type(error).__name__}: {error}")
 
 
 def pack_tensor_meta(code: int, shape: Sequence[int], family: int, inline: bool) -> bytes:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import zmq
 
 from ..errors import BackpressureError, BadFrameError, PeerLostError
+from .bound_sockets import bind_sockets, close_sockets
 from .chunks import join_parts
 from .door import Door
 from .frames import Buffer, frame_view
 from .messages import (
     HIGH_WATER_MARK,
     SEND_TIMEOUT_MS,
-    bind_socket,
     connect_socket,
     open_socket,
     receive_chunked,
@@ -37,30 +37,37 @@ class Received(NamedTuple):
 
 
 class ControlServer:
-    """The driver's end of the control socket: records to and from each connection."""
+    """The driver's end of the control socket: records to and from each connection.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, door: Door | None = None) -> None:
-        self.door = door if needs_keys(endpoint) else None
-        self._send_message = send_message if self.door is None else send_chunked
-        self.socket = open_socket(context, zmq.ROUTER)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.endpoint = bind_socket(self.socket, endpoint, "control", door)
+    A connection is known by the index of its socket, one byte, and the name that it has there: so no peer can choose that of a peer of
+    the other socket.
 
-    def receive(self) -> Received:
-        """Return the next record.
+    Attributes:
+        endpoints: those that are bound, in the order of the argument; ``sockets`` likewise.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str], door: Door | None = None) -> None:
+        self.door = door
+        self._bound = bind_sockets(context, zmq.ROUTER, endpoints, "control", door, zmq.ROUTER_MANDATORY)
+        self.endpoints = [bound.endpoint for bound in self._bound]
+        self.sockets = [bound.socket for bound in self._bound]
+
+    def receive(self, index: int = 0) -> Received:
+        """Return the next record on a socket.
 
         Raises:
             zmq.Again: nothing has arrived.
             BadFrameError: as ``unpack_record``; the message is gone.
         """
-        if self.door is None:
-            whole = self.socket.recv_multipart(zmq.NOBLOCK)
-            return Received(whole[0], unpack_record(whole[-1]), None)
-        connection, *parts = receive_parts(self.socket, zmq.NOBLOCK)
-        sender = self.door.sender(connection, "control")
+        bound = self._bound[index]
+        if bound.door is None:
+            whole = bound.socket.recv_multipart(zmq.NOBLOCK)
+            return Received(_connection(index, whole[0]), unpack_record(whole[-1]), None)
+        name, *parts = receive_parts(bound.socket, zmq.NOBLOCK)
+        sender = bound.door.sender(name, "control")
         try:
             frames = join_parts(parts)
-            return Received(connection.bytes, unpack_record(frame_view(frames[-1]) if frames else b""), sender)
+            return Received(_connection(index, name.bytes), unpack_record(frame_view(frames[-1]) if frames else b""), sender)
         except BadFrameError as error:
             raise BadFrameError(f"on a control connection of rank {sender}: {error}") from error
 
@@ -73,16 +80,21 @@ class ControlServer:
             BadFrameError: the record is beyond its bounds; nothing was sent.
         """
         packed = pack_record(record)  # first: once the connection is named, what comes next goes there, whatever it is
+        bound = self._bound[connection[0]]
         try:
-            self.socket.send(connection, zmq.NOBLOCK | zmq.SNDMORE)
-            self._send_message(self.socket, packed, [body, *buffers] if body else [], zmq.NOBLOCK)
+            bound.socket.send(connection[1:], zmq.NOBLOCK | zmq.SNDMORE)
+            bound.send(bound.socket, packed, [body, *buffers] if body else [], zmq.NOBLOCK)
         except zmq.Again:
             raise BackpressureError(f"control connection {connection.hex()} has left {HIGH_WATER_MARK} records unread") from None
         except zmq.ZMQError as error:
             raise PeerLostError(f"control connection {connection.hex()}: {error}") from error
 
     def close(self) -> None:
-        self.socket.close(0)
+        close_sockets(self._bound)
+
+
+def _connection(index: int, name: bytes) -> bytes:
+    return bytes((index,)) + name
 
 
 class ControlClient:

@@ -22,7 +22,7 @@ from ..errors import BadFrameError, WireVersionError
 if TYPE_CHECKING:
     import zmq
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 STEP_MAGIC = b"SZ"
 RESULT_MAGIC = b"RZ"
 STEP_TOPIC = b"S"
@@ -31,6 +31,10 @@ RANK_LETTER = b"T"  # after "S": libzmq announces subscriptions in alphabetical 
 STEP_HEADER = struct.Struct("<2sBBIQ")
 RESULT_HEADER = struct.Struct("<2sBBIQHHIQ")
 MAX_BUFFERS = 1024
+_STEP_START = STEP_MAGIC[0]
+_STEP_BYTES = STEP_HEADER.size
+_RESULT_BYTES = RESULT_HEADER.size
+_new = tuple.__new__  # of a NamedTuple, whose own constructor is a Python function in front of it
 
 Buffer = bytes | bytearray | memoryview
 
@@ -105,31 +109,37 @@ def parse_step(frames: Sequence[zmq.Frame | bytes]) -> StepFrame:
         BadFrameError: too short, wrong magic, unknown kind or too many buffers.
         WireVersionError: another wire version.
     """
-    return _parse_step(_first(frames), frames)
-
-
-def _parse_step(view: memoryview, frames: Sequence[zmq.Frame | bytes]) -> StepFrame:
-    if len(view) < STEP_HEADER.size:
-        raise _too_short(view, STEP_HEADER.size)
+    view = _first(frames)
+    if len(view) < _STEP_BYTES:
+        raise _too_short(view, _STEP_BYTES)
+    if view[0] != _STEP_START:
+        view = _without_topic(view)
     magic, version, kind, epoch, seq = STEP_HEADER.unpack_from(view)
     if magic != STEP_MAGIC:
-        topic = RANK_TOPIC.size
-        if magic[:1] == RANK_LETTER and bytes(view[topic : topic + 2]) == STEP_MAGIC:  # sent again: the rank's topic stands in front
-            return _parse_step(view[topic:], frames)
         raise _bad_magic(magic, STEP_MAGIC)
     if version != WIRE_VERSION:
         raise _other_version(version)
     known = _STEP_KINDS.get(kind)
     if known is None:
         raise BadFrameError(f"step frame {seq} has kind {kind}; known are 1 to {len(StepKind)}")
-    return StepFrame(known, epoch, seq, view[STEP_HEADER.size :], _rest(frames))
+    return _new(StepFrame, (known, epoch, seq, view[_STEP_BYTES:], () if len(frames) == 1 else _rest(frames)))
+
+
+def _without_topic(view: memoryview) -> memoryview:
+    """Return what was sent again without the rank's topic, which stands in front."""
+    topic = RANK_TOPIC.size
+    if view[:1] != RANK_LETTER or view[topic : topic + 2] != STEP_MAGIC:
+        raise _bad_magic(bytes(view[:2]), STEP_MAGIC)
+    if len(view) < topic + _STEP_BYTES:
+        raise _too_short(view[topic:], _STEP_BYTES)
+    return view[topic:]
 
 
 def parse_result(frames: Sequence[zmq.Frame | bytes]) -> ResultFrame:
     """Read a message of the result socket; raises as ``parse_step`` does."""
     view = _first(frames)
-    if len(view) < RESULT_HEADER.size:
-        raise _too_short(view, RESULT_HEADER.size)
+    if len(view) < _RESULT_BYTES:
+        raise _too_short(view, _RESULT_BYTES)
     magic, version, kind, epoch, seq, rank, _, busy_us, received_ns = RESULT_HEADER.unpack_from(view)
     if magic != RESULT_MAGIC:
         raise _bad_magic(magic, RESULT_MAGIC)
@@ -138,17 +148,20 @@ def parse_result(frames: Sequence[zmq.Frame | bytes]) -> ResultFrame:
     known = _RESULT_KINDS.get(kind)
     if known is None:
         raise BadFrameError(f"result frame of rank {rank} has kind {kind}; known are 1 to {len(ResultKind)}")
-    return ResultFrame(known, epoch, seq, rank, busy_us, received_ns, view[RESULT_HEADER.size :], _rest(frames))
+    return _new(
+        ResultFrame, (known, epoch, seq, rank, busy_us, received_ns, view[_RESULT_BYTES:], () if len(frames) == 1 else _rest(frames))
+    )
 
 
 def _first(frames: Sequence[zmq.Frame | bytes]) -> memoryview:
     if not 1 <= len(frames) <= 1 + MAX_BUFFERS:
         raise BadFrameError(f"a message has {len(frames)} frames; the limit is one and {MAX_BUFFERS} tensor buffers")
-    return frame_view(frames[0])
+    first = frames[0]
+    return memoryview(first) if isinstance(first, bytes) else first.buffer
 
 
 def _rest(frames: Sequence[zmq.Frame | bytes]) -> Sequence[Buffer]:
-    return () if len(frames) == 1 else [frame_view(frame) for frame in frames[1:]]
+    return [frame_view(frame) for frame in frames[1:]]
 
 
 def frame_view(frame: zmq.Frame | bytes) -> memoryview:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import zmq
 
 from ..errors import InsecureEndpointError, InternalError, LaunchError
-from .chunks import join_parts, split_frame
+from .chunks import CHUNK_BYTES, join_parts, split_frame
 from .door import Door, secure_server
 from .frames import Buffer
 from .security import RankKeys, needs_keys, secure_client
@@ -89,26 +89,30 @@ def is_sent_in_place(buffer: Buffer) -> bool:
 
 
 def receive_message(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame | bytes]:
-    first = socket.recv(flags)
-    if not socket.getsockopt(zmq.RCVMORE):
-        return [first]
-    frames: list[zmq.Frame | bytes] = [first]
-    while socket.getsockopt(zmq.RCVMORE):  # the other parts of a message are there once its first is
-        frames.append(socket.recv(copy=False))
+    part = socket.recv(flags, copy=False)  # tells of more at half of what it costs to ask for RCVMORE
+    frames: list[zmq.Frame | bytes] = [part]
+    while part.more:  # the other parts of a message are there once its first is
+        part = socket.recv(copy=False)
+        frames.append(part)
     return frames
 
 
 def send_chunked(socket: zmq.Socket[bytes], head: Buffer, buffers: Sequence[Buffer], flags: int = 0) -> list[zmq.MessageTracker]:
     """As ``send_message``, over TCP: frames in parts."""
+    if not buffers and len(head) < CHUNK_BYTES:
+        socket.send(head, flags)
+        return []
     first, *rest = [part for frame in (head, *buffers) for part in split_frame(frame)]
     return send_message(socket, first, rest, flags)
 
 
 def receive_parts(socket: zmq.Socket[bytes], flags: int = 0) -> list[zmq.Frame]:
     """Return the parts of the next message, each with what is known of its connection."""
-    parts = [socket.recv(flags, copy=False)]
-    while parts[-1].more:
-        parts.append(socket.recv(copy=False))
+    part = socket.recv(flags, copy=False)
+    parts = [part]
+    while part.more:
+        part = socket.recv(copy=False)
+        parts.append(part)
     return parts
 
 

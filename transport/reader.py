@@ -13,20 +13,22 @@ from typing import Any
 import zmq
 
 _POLLIN = int(zmq.POLLIN)  # 0.05 us a mask where the enum's member takes 1.05
+_EVENTS = int(zmq.EVENTS)
 BUDGET = 64  # messages a wake-up, so that a busy socket does not starve the loop
 
 
 class SocketReader:
     """Calls ``read_one`` for each message that arrives; it must take one message without waiting, or raise ``zmq.Again``.
 
-    ``on_error`` gets what ``read_one`` raises otherwise; reading goes on.
+    Where ``read_one`` returns True it has woken a task, and that runs before the socket is looked at again: what it publishes is on its
+    way meanwhile. ``on_error`` gets what ``read_one`` raises otherwise; reading goes on.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         socket: zmq.Socket[Any],
-        read_one: Callable[[], None],
+        read_one: Callable[[], bool | None],
         on_error: Callable[[Exception], None],
     ) -> None:
         self._loop = loop
@@ -41,7 +43,7 @@ class SocketReader:
 
     def poke(self) -> None:
         """Look for messages whose edge was eaten; call it after any send on the same socket."""
-        if not self._is_scheduled and not self._is_closed and int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN:
+        if not self._is_scheduled and not self._is_closed and self._has_arrived():
             self._schedule()
 
     def drain(self) -> None:
@@ -57,24 +59,33 @@ class SocketReader:
 
     def _schedule(self) -> None:
         self._is_scheduled = True
-        self._loop.call_soon(self._wake)
+        self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Go on behind what was called meanwhile; an edge may have come too, and been read."""
+        self._is_scheduled = False
+        if not self._is_closed and self._has_arrived():
+            self._wake()
 
     def _wake(self) -> None:
-        self._is_scheduled = False
-        if not self._read():
+        if not self._read() and not self._is_scheduled:
             self._schedule()
 
     def _read(self) -> bool:
-        """Read up to ``BUDGET`` messages; returns whether there is nothing left to do."""
+        """Read up to ``BUDGET`` messages, or to the first that wakes a task; returns whether there is nothing left to do."""
         for _ in range(BUDGET):
             if self._is_closed or self._socket.closed:
                 return True
             try:
-                self._read_one()
-                if not self._socket.closed and not int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN:
-                    return True  # drained, which costs a fifth of what it does to be told by an exception
+                if self._read_one():
+                    return self._is_closed
+                if not self._has_arrived():
+                    return True  # the next arrival makes an edge
             except zmq.Again:
-                return True  # drained: the next arrival makes an edge
+                return True  # the same, at more than twice the cost
             except Exception as error:  # one bad message must not cost the edge of those behind it
                 self._on_error(error)
         return self._is_closed
+
+    def _has_arrived(self) -> bool:
+        return not self._socket.closed and bool(int(self._socket.getsockopt(_EVENTS)) & _POLLIN)

@@ -48,6 +48,7 @@ class RecordedLaunch(RecordingRecord):
     collective_s: float = number()
     drain_s: float = number()
     kill_s: float = number()
+    lease_s: float = number(default=15.0)
 
     @property
     def parallel(self) -> ParallelConfig:

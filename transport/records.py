@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .frames import Buffer
-from .schema import Record, blob, many, number, read_record, text, whole
+from .schema import Record, blob, flag, many, number, read_record, text, whole
 from .security import RankKeys, needs_keys
 
 MAX_RECORD_BYTES = 1 << 20
@@ -62,7 +62,9 @@ class Hello(ControlRecord):
 class Welcome(ControlRecord):
     """The answer to a rank's hello. The worker's arguments follow as codec body and buffers.
 
-    ``recording`` is that of the launch, beside which each rank writes its collectives; empty for none.
+    ``recording`` is that of the launch, beside which each rank writes its collectives; empty for none. ``nodes`` has the node of each
+    rank; an axis whose ranks share one has ``local_communicator``, others ``communicator``. ``is_relayed``: ``step_endpoint`` is that of
+    the node's relay, whose frames come in parts.
     """
 
     epoch: int = whole((1 << 32) - 1)
@@ -80,6 +82,9 @@ class Welcome(ControlRecord):
     beat_s: float = number()
     collective_s: float = number()
     recording: str = text(4096, default="")
+    local_communicator: str = text(64, default="")
+    nodes: tuple[int, ...] = many(int, MAX_RANK + 1, default=())
+    is_relayed: bool = flag(default=False)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def number(low: float = -math.inf, high: float = math.inf, **options: Any) -> An
     return field(metadata={"type": float, "low": low, "high": high}, **options)
 
 
+def flag(**options: Any) -> Any:
+    """Declare a bool field."""
+    return field(metadata={"type": bool}, **options)
+
+
 def text(max_length: int, *, choices: Sequence[str] = (), is_optional: bool = False, **options: Any) -> Any:
     """Declare a str field of at most so many characters, perhaps one of ``choices``, perhaps None."""
     return field(metadata={"type": str, "high": max_length, "choices": tuple(choices), "is_optional": is_optional}, **options)
@@ -187,6 +192,8 @@ def _checked(owner: str, f: Field[Any], value: object) -> Any:
         return None
     if not _is(value, wanted):
         raise BadFrameError(f"{name} is a {type(value).__name__}, not a {wanted.__name__}")
+    if isinstance(value, bool):
+        return value
     if isinstance(value, (int, float)):
         return _in_range(name, value, wanted, bounds["low"], bounds["high"])
     if isinstance(value, dict):

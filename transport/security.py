@@ -31,7 +31,7 @@ BACKLOG = 1024
 PROBE_S = 1
 NUM_PROBES = 3
 CUT_MS = 3000
-_RECEIVERS = (zmq.SUB, zmq.PULL)
+_RECEIVERS = (zmq.SUB, zmq.XSUB, zmq.PULL)
 # The second line: a peer whose host answers and whose process does not. It stays above the pause that a process may make.
 HEARTBEAT_MS = 5000
 HEARTBEAT_TIMEOUT_MS = 20_000

@@ -5,7 +5,8 @@
     ResultCollector PULL  <-------  PUSH    ResultPusher
     ControlServer   ROUTER <----->  DEALER  ControlClient
 
-The driver binds. Over TCP a rank's end needs ``keys``, and the driver's a ``door``.
+The driver binds, at one endpoint or at two: in the run directory and on TCP. Over TCP a rank's end needs ``keys``, and the driver's a
+``door``. What the driver's ends read takes the index of the socket that has something.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from ..errors import BackpressureError, PeerLostError, ProtocolError, StepGapError
+from .bound_sockets import BoundSocket, bind_sockets, close_sockets
 from .chunks import join_parts
 from .door import Door
 from .frames import (
@@ -35,7 +37,6 @@ from .frames import (
 from .messages import (
     HIGH_WATER_MARK,
     SEND_TIMEOUT_MS,
-    bind_socket,
     connect_socket,
     is_sent_in_place,
     open_socket,
@@ -48,22 +49,24 @@ from .messages import (
 from .security import RankKeys, needs_keys
 
 RESULT_LINGER_MS = 1000
+_NOBLOCK = int(zmq.NOBLOCK)  # a tenth of a microsecond a message less than the enum's member
 
 
 class StepPublisher:
     """The driver's end of the step socket: publishes each frame once, numbered, to every rank.
 
     It keeps a frame until ``forget``: a rank that missed it gets it again.
+
+    Attributes:
+        endpoints: those that are bound, in the order of the argument; ``sockets`` likewise.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, door: Door | None = None) -> None:
-        self._door = door if needs_keys(endpoint) else None
-        self.socket = open_socket(context, zmq.XPUB)
-        self.socket.setsockopt(zmq.XPUB_NODROP, 1)
-        if self._door is not None:  # a rank that subscribes to another's topic first must not hide the other's own subscription
-            self.socket.setsockopt(zmq.XPUB_VERBOSE, 1)
-        self._send_message = send_message if self._door is None else send_chunked
-        self.endpoint = bind_socket(self.socket, endpoint, "step", door)
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str], *, epoch: int, door: Door | None = None) -> None:
+        # verbose: a rank that subscribes to another's topic first must not hide the other's own subscription
+        self._bound = bind_sockets(context, zmq.XPUB, endpoints, "step", door, zmq.XPUB_NODROP, zmq.XPUB_VERBOSE)
+        self.endpoints = [bound.endpoint for bound in self._bound]
+        self.sockets = [bound.socket for bound in self._bound]
+        self._places: dict[int, int] = {}  # by rank, the index of the socket on which it listens
         self.epoch = epoch
         self.next_seq = 0
         self.sent_bytes = 0
@@ -77,18 +80,20 @@ class StepPublisher:
         Buffers that are sent in place must not change until ``forget``; the others are the caller's when it returns.
 
         Raises:
-            BackpressureError: a subscriber's pipe is full although the window had room; nothing was sent.
+            BackpressureError: a subscriber's pipe is full although the window had room; nothing was sent. Where the other socket has
+                sent the frame by then it is published all the same: the ranks that it did not reach ask for it as for any lost one.
         """
         head = pack_step_header(kind, self.epoch, self.next_seq) + body
-        kept = [buffer if is_sent_in_place(buffer) else bytes(buffer) for buffer in buffers]  # the rest is the caller's again
-        self._send(head, kept)
+        # those that are not sent in place are the caller's again
+        kept = [buffer if is_sent_in_place(buffer) else bytes(buffer) for buffer in buffers] if buffers else ()
+        self._send(head, kept, self._bound)
         self._kept.append((head, kept))
         self.next_seq += 1
         return self.next_seq - 1
 
     def tick(self) -> None:
         """Tell every rank the number of the last frame; raises BackpressureError as ``publish`` does."""
-        self._send(pack_step_header(StepKind.TICK, self.epoch, self.next_seq - 1), ())
+        self._send(pack_step_header(StepKind.TICK, self.epoch, self.next_seq - 1), (), self._bound)
 
     def forget(self, seq: int) -> None:
         """Let go of the frames before ``seq``, which every rank has acknowledged."""
@@ -106,51 +111,63 @@ class StepPublisher:
         if not self._first_kept <= seq < self.next_seq:
             raise StepGapError(expected=seq, got=self._first_kept, rank=rank)
         missed = list(self._kept)[seq - self._first_kept :]
+        place = self._places.get(rank)
+        bound = self._bound if place is None else self._bound[place : place + 1]
         for head, buffers in missed:
-            self._send(rank_topic(rank) + head, buffers)
+            self._send(rank_topic(rank) + head, buffers, bound)
         self.replayed += len(missed)
         return len(missed)
 
-    def _send(self, head: bytes, buffers: Sequence[Buffer]) -> None:
-        try:
-            self._send_message(self.socket, head, buffers, zmq.NOBLOCK)
-        except zmq.Again:
-            self.socket.getsockopt(zmq.EVENTS)  # lets libzmq take in read credits that had not been seen yet
+    def _send(self, head: bytes, buffers: Sequence[Buffer], to: Sequence[BoundSocket]) -> None:
+        num_sent = 0
+        for bound in to:
             try:
-                self._send_message(self.socket, head, buffers, zmq.NOBLOCK)
+                bound.send(bound.socket, head, buffers, _NOBLOCK)
             except zmq.Again:
-                raise BackpressureError(
-                    f"frame {self.next_seq}: a rank's pipe holds {HIGH_WATER_MARK} unread messages; it has stopped reading"
-                ) from None
-        self.sent_bytes += len(head) + sum(map(len, buffers))
+                bound.socket.getsockopt(zmq.EVENTS)  # lets libzmq take in read credits that had not been seen yet
+                try:
+                    bound.send(bound.socket, head, buffers, _NOBLOCK)
+                except zmq.Again:
+                    if num_sent:
+                        continue
+                    raise BackpressureError(
+                        f"frame {self.next_seq}: a rank's pipe holds {HIGH_WATER_MARK} unread messages; it has stopped reading"
+                    ) from None
+            num_sent += 1
+        self.sent_bytes += len(head) + sum(map(len, buffers)) if buffers else len(head)
 
-    def read_subscription(self) -> tuple[int, bool] | None:
-        """Return the next (rank, joined) that arrived on the socket, or None for a topic that is not the rank's own, or no rank's.
+    def read_subscription(self, index: int = 0) -> tuple[int, bool] | None:
+        """Return the next (rank, joined) that arrived on a socket, or None for a topic that is not the rank's own, or no rank's.
 
         Raises:
             zmq.Again: nothing has arrived.
         """
-        part, *_ = receive_parts(self.socket, zmq.NOBLOCK)
+        bound = self._bound[index]
+        part, *_ = receive_parts(bound.socket, _NOBLOCK)
         message = part.bytes
         if len(message) != 4 or message[1:2] != RANK_LETTER:
             return None
         rank, has_joined = int.from_bytes(message[2:], "big"), message[0] == 1
-        if self._door is not None and has_joined:  # that of a peer that has gone is made by libzmq, and of no connection
-            sender = self._door.sender(part, "step")
-            if not self._door.is_own(sender, rank, "a subscription"):
+        if has_joined:
+            # that of a peer that has gone is made by libzmq, and of no connection
+            if bound.door is not None and not bound.door.may_subscribe(part, rank):
                 return None
+            self._places[rank] = index
         return rank, has_joined
 
     def close(self) -> None:
-        """Close the socket and let go of every frame; idempotent."""
+        """Close the sockets and let go of every frame; idempotent."""
         self.forget(self.next_seq)
-        self.socket.close(0)
+        close_sockets(self._bound)
 
 
 class StepSubscriber:
     """A rank's end of the step socket: every frame, in order, or an error.
 
     A frame that was lost is asked for by ``on_gap`` with its number; what arrived beyond it is held until it is there.
+
+    Args:
+        is_relayed: whether ``endpoint`` is that of a relay, within the node: its frames come in parts, as they came to it.
     """
 
     def __init__(
@@ -162,8 +179,9 @@ class StepSubscriber:
         rank: int,
         on_gap: Callable[[int], None],
         keys: RankKeys | None = None,
+        is_relayed: bool = False,
     ) -> None:
-        self._receive_message = receive_chunked if needs_keys(endpoint) else receive_message
+        self._receive_message = receive_chunked if is_relayed or needs_keys(endpoint) else receive_message
         self.socket = open_socket(context, zmq.SUB)
         # once the driver sees the rank's own topic, the common one is active for it: see RANK_LETTER
         self.socket.subscribe(STEP_TOPIC)
@@ -282,26 +300,31 @@ class ResultPusher:
 
 
 class ResultCollector:
-    """The driver's end of the result socket."""
+    """The driver's end of the result socket.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, *, epoch: int, door: Door | None = None) -> None:
-        self._door = door if needs_keys(endpoint) else None
-        self.socket = open_socket(context, zmq.PULL)
-        self.endpoint = bind_socket(self.socket, endpoint, "result", door)
+    Attributes:
+        endpoints: those that are bound, in the order of the argument; ``sockets`` likewise.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoints: Sequence[str], *, epoch: int, door: Door | None = None) -> None:
+        self._bound = bind_sockets(context, zmq.PULL, endpoints, "result", door)
+        self.endpoints = [bound.endpoint for bound in self._bound]
+        self.sockets = [bound.socket for bound in self._bound]
         self.epoch = epoch
         self.dropped_foreign = 0
 
-    def receive(self) -> ResultFrame | None:
-        """Return the next answer that has arrived, or None for one that is dropped and counted: of another epoch, or in another's name.
+    def receive(self, index: int = 0) -> ResultFrame | None:
+        """Return the next answer on a socket, or None for one that is dropped and counted: of another epoch, or in another's name.
 
         Raises:
             zmq.Again: nothing has arrived.
             BadFrameError, WireVersionError: as ``parse_result``.
         """
-        if self._door is None:
-            frame = parse_result(receive_message(self.socket, zmq.NOBLOCK))
+        bound = self._bound[index]
+        if bound.door is None:
+            frame = parse_result(receive_message(bound.socket, _NOBLOCK))
         else:
-            own = self._receive_authenticated(self._door)
+            own = _receive_authenticated(bound.socket, bound.door)
             if own is None:
                 return None
             frame = own
@@ -310,15 +333,18 @@ class ResultCollector:
             return None
         return frame
 
-    def _receive_authenticated(self, door: Door) -> ResultFrame | None:
-        """Return the next answer; None for one that claims another rank than its connection proves."""
-        parts = receive_parts(self.socket, zmq.NOBLOCK)
-        sender = door.sender(parts[0], "result")
-        try:
-            frame = parse_result(join_parts(parts))
-        except ProtocolError as error:
-            raise type(error)(f"on the connection of rank {sender}: {error}") from error
-        return frame if door.is_own(sender, frame.rank, f"a {frame.kind.name} of frame {frame.seq}") else None
-
     def close(self) -> None:
-        self.socket.close(0)
+        close_sockets(self._bound)
+
+
+def _receive_authenticated(socket: zmq.Socket[bytes], door: Door) -> ResultFrame | None:
+    """Return the next answer; None for one that claims another rank than its connection proves."""
+    parts = receive_parts(socket, _NOBLOCK)
+    sender = door.sender(parts[0], "result")
+    try:
+        frame = parse_result(join_parts(parts))
+    except ProtocolError as error:
+        raise type(error)(f"on the connection of rank {sender}: {error}") from error
+    if sender == frame.rank or door.is_own(sender, frame.rank, f"a {frame.kind.name} of frame {frame.seq}"):
+        return frame
+    return None

@@ -16,52 +16,58 @@ class CreditWindow:
 
     Each rank acknowledges every frame once, in order. A frame left out is an AnswerLostError, anything else a ProtocolError; both name
     the rank.
+
+    Attributes:
+        size: the limit, for whoever publishes.
+        oldest: the first frame that not every rank has acknowledged; the next to be published when none is in flight.
+        in_flight: how many are.
     """
+
+    __slots__ = ("_missing", "_next_ack", "_num_ranks", "in_flight", "oldest", "size")
 
     def __init__(self, *, size: int, num_ranks: int) -> None:
         self.size = size
+        self.oldest = 0
+        self.in_flight = 0
+        self._num_ranks = num_ranks
         self._next_ack = [0] * num_ranks  # by rank: the seq that it is to acknowledge next
         self._missing: deque[int] = deque()  # by frame in flight, oldest first: how many ranks have not acknowledged it
-        self._oldest = 0
-
-    @property
-    def oldest(self) -> int:
-        """The first frame that not every rank has acknowledged; the next to be published when none is in flight."""
-        return self._oldest
-
-    @property
-    def in_flight(self) -> int:
-        return len(self._missing)
 
     def opened(self, seq: int) -> None:
         """Note that frame ``seq`` was published."""
-        if seq != self._oldest + len(self._missing):
-            raise InternalError(f"frame {seq} published where {self._oldest + len(self._missing)} was due")
-        self._missing.append(len(self._next_ack))
+        if seq != self.oldest + self.in_flight:
+            raise InternalError(f"frame {seq} published where {self.oldest + self.in_flight} was due")
+        self._missing.append(self._num_ranks)
+        self.in_flight += 1
 
     def acknowledged(self, rank: int, seq: int) -> bool:
         """Note that ``rank`` has done frame ``seq``; returns whether that made room."""
-        if not 0 <= rank < len(self._next_ack):
-            raise ProtocolError(f"an acknowledgement of rank {rank}; the ranks are 0 to {len(self._next_ack) - 1}")
-        due = self._next_ack[rank]
-        if seq != due or seq >= self._oldest + len(self._missing):
-            if due < seq < self._oldest + len(self._missing):
-                raise AnswerLostError(
-                    f"its answer to frame {due} was lost on the way: the next that came is to frame {seq}", rank=rank, seq=due
-                )
-            raise ProtocolError(f"rank {rank} acknowledged frame {seq} where {due} was due")
+        if not 0 <= rank < self._num_ranks:
+            raise ProtocolError(f"an acknowledgement of rank {rank}; the ranks are 0 to {self._num_ranks - 1}")
+        if seq != self._next_ack[rank] or seq >= self.oldest + self.in_flight:
+            raise self._refusal(rank, seq)
         self._next_ack[rank] = seq + 1
-        self._missing[seq - self._oldest] -= 1
-        made_room = False
-        while self._missing and self._missing[0] == 0:
-            self._missing.popleft()
-            self._oldest += 1
-            made_room = True
-        return made_room
+        missing = self._missing
+        missing[seq - self.oldest] -= 1
+        if missing[0]:
+            return False
+        while missing and not missing[0]:
+            missing.popleft()
+            self.oldest += 1
+            self.in_flight -= 1
+        return True
+
+    def _refusal(self, rank: int, seq: int) -> AnswerLostError | ProtocolError:
+        due = self._next_ack[rank]
+        if due < seq < self.oldest + self.in_flight:
+            return AnswerLostError(
+                f"its answer to frame {due} was lost on the way: the next that came is to frame {seq}", rank=rank, seq=due
+            )
+        return ProtocolError(f"rank {rank} acknowledged frame {seq} where {due} was due")
 
     def behind(self) -> list[int]:
         """Return the ranks that have not acknowledged the oldest frame in flight."""
-        return [rank for rank, seq in enumerate(self._next_ack) if seq <= self._oldest] if self._missing else []
+        return [rank for rank, seq in enumerate(self._next_ack) if seq <= self.oldest] if self.in_flight else []
 
     def due(self, rank: int) -> int:
         """Return the frame that ``rank`` is to acknowledge next, published or not."""

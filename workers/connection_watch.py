@@ -7,19 +7,15 @@ rank says which connection it was and ends at once, with an exit code of its own
 from __future__ import annotations
 
 import os
-import struct
 import sys
 import threading
 from typing import Any
 
 import zmq
 
-CONNECTION_LOST = 111  # the exit code
-_FAILURES = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
-_EVENTS = (
-    sum(_FAILURES) | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
-)
-_MONITOR_EVENT = struct.Struct("=HI")  # pyzmq's own reader of it imports asyncio
+from ..process import CONNECTION_LOST
+from ..transport.connection_losses import MONITORED, ConnectionLosses, read_event
+
 _WAKE_ENDPOINT = "inproc://zspmd-connection-watch"
 
 
@@ -48,7 +44,7 @@ class ConnectionWatch:
         with self._lock:
             address = f"inproc://zspmd-monitor-{self._num_added}"
             self._num_added += 1
-            socket.monitor(address, _EVENTS)
+            socket.monitor(address, MONITORED)
             self._added.append((address, name))
             self._wake_writer.send(b"")
 
@@ -82,7 +78,7 @@ class ConnectionWatch:
 
     def _take_event(self, losses: ConnectionLosses, monitor: zmq.Socket[Any]) -> bool:
         """Take one event; returns whether its socket has been closed. Ends the process for a lost connection."""
-        event, _ = _MONITOR_EVENT.unpack(monitor.recv_multipart()[0])
+        event = read_event(monitor.recv_multipart())
         if reason := losses.reason(event):
             self._end(reason)
         return bool(event == zmq.EVENT_MONITOR_STOPPED)
@@ -106,20 +102,3 @@ class ConnectionWatch:
         pair = self._context.socket(zmq.PAIR)
         pair.setsockopt(zmq.LINGER, 0)
         return pair
-
-
-class ConnectionLosses:
-    """Tells a connection that is lost for good from an attempt that failed, by the events of one socket's monitor. No I/O."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._is_made = False  # its handshake is done: whatever ends it from here on, also bytes that break the protocol, is a loss
-
-    def reason(self, event: int) -> str:
-        """Take an event, and return why the connection is lost for good, or nothing."""
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return f"the driver refused the {self._name} connection: this rank's key is none of its launch, or has been used before"
-        self._is_made |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-        if self._is_made and (event in _FAILURES or event == zmq.EVENT_DISCONNECTED):
-            return f"the {self._name} connection to the driver broke; what was on its way is lost, so this rank ends"
-        return ""

@@ -100,15 +100,16 @@ class StepLoop:
         return True
 
     def _step(self, frame: StepFrame, received_ns: int) -> None:
-        self._status.step_id += 1
-        self._status.phase = "step"
+        status = self._status
+        status.step_id += 1
+        status.phase = "step"
         output = self._worker.step(decode_value(frame.body, frame.buffers))
         if self._answers_steps:
             body, buffers = self._encoder.encode(output)
             self._push(ResultKind.OUTPUT, frame, received_ns, body, buffers)
         else:
             self._push(ResultKind.ACK, frame, received_ns)
-        self._status.done_step_id = self._status.step_id
+        status.done_step_id = status.step_id
 
     def _call(self, frame: StepFrame, received_ns: int) -> None:
         name, args, kwargs, ranks = _check_call(decode_value(frame.body, frame.buffers))

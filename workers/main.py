@@ -79,6 +79,7 @@ def _serve(context: zmq.Context[zmq.Socket[bytes]], bootstrap: Bootstrap) -> int
             rank=rank,
             on_gap=lambda seq: pusher.push(ResultKind.GAP, seq),
             keys=keys,
+            is_relayed=welcome.is_relayed,
         )
         beat = Heartbeat(connect, hello(bootstrap, rank, "beat"), status, subscriber, period_s=welcome.beat_s)
         beat.start()
@@ -111,7 +112,9 @@ def _create_worker(welcome: Welcome, store: StoreClient, control: ControlClient,
         facts.rank,
         device=facts.device,
         backend=welcome.communicator,
-        address=os.environ["MASTER_ADDR"],
+        local_backend=welcome.local_communicator,
+        nodes=welcome.nodes,
+        address=os.environ["ZSPMD_NODE_ADDR"],
         store=store,
         timeout_s=welcome.collective_s,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..config import ParallelConfig
@@ -17,6 +18,11 @@ class Mesh:
 
     Making one is a collective of that group, so every rank must ask for an axis at the same point of its program. Torch is imported
     only then: a worker without collectives never pays for it. ``mesh["tp"].cpu`` is the communicator of the same ranks for CPU tensors.
+
+    Args:
+        backend: of an axis whose ranks are on several nodes; ``local_backend`` of one whose ranks share a node, if it is another.
+        nodes: the node of each rank; empty where there is one only.
+        address: of this node.
     """
 
     def __init__(
@@ -29,11 +35,15 @@ class Mesh:
         address: str,
         store: Store,
         timeout_s: float,
+        local_backend: str = "",
+        nodes: Sequence[int] = (),
     ) -> None:
         self.parallel = parallel
         self._rank = rank
         self._device = device
         self._backend = backend
+        self._local_backend = local_backend or backend
+        self._nodes = nodes
         self._address = address
         self._store = store
         self._timeout_s = timeout_s
@@ -69,4 +79,5 @@ class Mesh:
             address=self._address,
             timeout_s=self._timeout_s,
         )
-        return create_communicator(self._backend, setup)
+        is_one_node = len({self._nodes[rank] for rank in group.ranks}) == 1 if self._nodes else True
+        return create_communicator(self._local_backend if is_one_node else self._backend, setup)

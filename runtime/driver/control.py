@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +60,10 @@ class ControlHub:
         self.loop = asyncio.get_running_loop()
         self._admitted: dict[bytes, RankRecord] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._reader = SocketReader(self.loop, server.socket, self._read_one, on_error)
+        self._readers = [
+            SocketReader(self.loop, socket, functools.partial(self._read_one, index), on_error)
+            for index, socket in enumerate(server.sockets)
+        ]
 
     def send(self, connection: bytes, record: ControlRecord, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> None:
         """Send to one connection. One that is gone, or leaves all unread, is forgotten, so that the others get what is theirs."""
@@ -70,17 +74,19 @@ class ControlHub:
         except BackpressureError as error:
             if self._admitted.pop(connection, None) is not None:
                 self._on_error(error)
-        self._reader.poke()
+        for reader in self._readers:
+            reader.poke()
 
     def close(self) -> None:
         """Stop serving; idempotent."""
-        self._reader.close()
+        for reader in self._readers:
+            reader.close()
         if self._timer is not None:
             self._timer.cancel()
         self._server.close()
 
-    def _read_one(self) -> None:
-        connection, record, sender = self._server.receive()
+    def _read_one(self, index: int) -> None:
+        connection, record, sender = self._server.receive(index)
         if isinstance(record, Hello):
             if self._is_own(sender, record.rank, record):
                 self._admit(connection, record)

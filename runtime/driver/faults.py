@@ -3,12 +3,13 @@
 When a rank dies, its peers fail too, in their collectives, and may be heard of first. So what is seen is collected for
 ``SETTLE_S`` and then ranked: a process that ended by itself, then an exception of a rank's own, then a rank that the driver had to end,
 then an exit with code 1, which follows an exception that has yet to be heard of, then an exception that a lost peer explains. Within a
-class the earliest wins.
+class the earliest wins: an exit counts from when its agent saw it, whatever the way of the news, an exception from when it was heard of.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,9 +45,9 @@ class RankIdentity:
 
 @dataclass
 class _Seen:
-    """What is known of one rank's failure; ``order`` counts from the first thing seen."""
+    """What is known of one rank's failure; ``at_s`` is when it was first seen, on this machine's monotonic clock."""
 
-    order: int
+    at_s: float
     failure: Failure | None = None
     exit_code: int | None = None
     error: WorkerError | None = None
@@ -74,9 +75,12 @@ class FaultLog:
         if seen.failure is None:
             seen.failure = failure
 
-    def exited(self, rank: int, exit_code: int) -> None:
-        """Note that a rank's process ended; ``exit_code`` as in subprocess."""
-        self._of(rank).exit_code = exit_code
+    def exited(self, rank: int, exit_code: int, at_s: float | None = None) -> None:
+        """Note that a rank's process ended, at ``at_s`` or just now; ``exit_code`` as in subprocess."""
+        seen = self._of(rank)
+        seen.exit_code = exit_code
+        if at_s is not None:
+            seen.at_s = min(seen.at_s, at_s)
 
     def failed(self, error: WorkerError) -> None:
         """Note a failure that the driver itself found."""
@@ -96,13 +100,13 @@ class FaultLog:
 
     def first_cause(self) -> WorkerError:
         """Return the error of the rank that failed first, with the others' as its consequences."""
-        ordered = sorted(self._seen.items(), key=lambda item: (_severity(item[1]), item[1].order))
+        ordered = sorted(self._seen.items(), key=lambda item: (_severity(item[1]), item[1].at_s))
         (rank, seen), *others = ordered
         consequences = [f"rank {other}: {_one_line(what)}" for other, what in others]
         return self._error(rank, seen, consequences)
 
     def _of(self, rank: int) -> _Seen:
-        return self._seen.setdefault(rank, _Seen(order=len(self._seen)))
+        return self._seen.setdefault(rank, _Seen(time.monotonic()))
 
     def _error(self, rank: int, seen: _Seen, consequences: list[str]) -> WorkerError:
         if seen.error is not None:

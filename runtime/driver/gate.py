@@ -23,6 +23,12 @@ class WindowGate:
     def has_waiters(self) -> bool:
         return bool(self._waiters)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        window = self._window
+        return not self._waiters and window.in_flight + self._num_granted < window.size
+
     async def wait(self, timeout_s: float) -> None:
         """Return when the caller may publish one frame, which it must do without awaiting anything in between.
 
@@ -32,7 +38,7 @@ class WindowGate:
 
         Cancellation: room that had been granted goes to the next in line.
         """
-        if not self._waiters and self._has_room():
+        if self.is_open:
             return
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()

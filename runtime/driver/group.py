@@ -21,22 +21,24 @@ from ...errors import (
     AnswerLostError,
     BackpressureError,
     ClosedError,
-    ConfigError,
     InternalError,
     ProtocolError,
+    ReadyTimeoutError,
     WorkerError,
     WorkerStalledError,
     ZspmdError,
 )
 from ...transport.frames import ResultFrame, ResultKind, StepKind
 from ...transport.records import Failure
-from .alarm import Alarm
+from ..launch.plan import LaunchPlan
 from .events import EventLog, GroupEvent
 from .faults import FaultLog
 from .launching import GroupConfig, check_ranks
 from .overdue import OverdueReplies
 from .pending import PendingReply
 from .processes import GroupProcesses
+from .readiness import Readiness
+from .reply_deadlines import check_limit
 from .statistics import GroupStatistics, RankHealth
 from .step_stream import StepStream, read_failure
 from .verdict import Verdict
@@ -56,9 +58,9 @@ class WorkerGroup:
         self._processes = GroupProcesses(
             config,
             self._events,
-            on_subscribed=self._publish_sync,
+            on_subscribed=lambda: self._stream.publish(StepKind.SYNC),  # the round trip that proves both directions
             on_result=self._on_result,
-            on_exit=lambda rank, exit_code: self._verdict.exited(rank, exit_code),
+            on_exit=lambda rank, exit_code, at_s: self._verdict.exited(rank, exit_code, at_s),
             on_error=lambda error: self._verdict.troubled(error),
             on_broken=lambda error: self._verdict.unreadable(error),
         )
@@ -79,10 +81,9 @@ class WorkerGroup:
             on_heard=lambda rank: self._events.emit("heard", rank),
             on_lost=self._verdict.answer_lost,
         )
-        self._num_steps = 0
+        self._readiness = Readiness(self._not_ready, lambda: self.fault)
         self._is_started = False
         self._is_ready = False
-        self._fault: ZspmdError | None = None
         self._is_fault_told = False
         self._failed: list[PendingReply] = []  # by the fault
         self._close_task: asyncio.Task[None] | None = None
@@ -96,9 +97,15 @@ class WorkerGroup:
         return self.config.parallel.world_size
 
     @property
+    def plan(self) -> LaunchPlan:
+        """Where each rank runs; from the start on."""
+        self._check_started()
+        return self._processes.plan
+
+    @property
     def fault(self) -> ZspmdError | None:
         """What the group failed with, or None; every use of it raises that."""
-        return self._fault
+        return self._verdict.fault
 
     async def __aenter__(self) -> WorkerGroup:
         await self.start()
@@ -122,19 +129,25 @@ class WorkerGroup:
             WorkerError: a rank failed before it was ready.
             TypeError, ValueError: something in ``worker_args`` may not travel; names its path. Nothing was started.
             ClosedError: it was started or closed before, or is being closed by another task.
+            SystemExit: this is a rank of an external launch other than 0, and the launch has ended; ``launch`` says more.
+            PeerLostError: likewise, and the driver is lost.
 
         Cancellation: whatever was started is ended first.
         """
         if self._is_started or self._events.is_closed:
             raise ClosedError(f"group {self.launch_id} was started or closed before; launch a new one")
         self._is_started = True
+        place = self.config.dial
+        if place is not None and not place.is_driver:
+            from .external_launch import serve_driver
+
+            raise SystemExit(await serve_driver(place, self.config.deadlines.ready_s))
         self._loop = asyncio.get_running_loop()
-        self._ready: asyncio.Future[None] = self._loop.create_future()
-        self._ready.add_done_callback(_see)  # what start raises may be another error
+        self._readiness.open(self._loop)
         self._stream.open(self._loop)
         self._verdict.open(self._loop)
         try:
-            await self._start_processes()
+            await self._readiness.wait(self._processes.start(), self.config.deadlines.ready_s)
         except BaseException:
             self._is_fault_told = True
             await self.aclose(abort=True)
@@ -142,24 +155,6 @@ class WorkerGroup:
         self._is_ready = True
         self._watch.start(self._loop)
         self._events.emit("ready", detail=f"{self.world_size} ranks")
-
-    async def _start_processes(self) -> None:
-        """Wait for processes and set-up together: a rank may fail while others are still being started, and is then the cause."""
-        alarm = Alarm(self._loop, self.config.deadlines.ready_s, self._on_ready_timeout)
-        starting = self._loop.create_task(self._processes.start())
-        try:
-            await asyncio.wait([starting, self._ready], return_when=asyncio.FIRST_COMPLETED)
-            if self._ready.done():
-                self._ready.result()
-            await asyncio.wait([starting])  # all may be ready before the agent has told that it started them: cancelled, it would end them
-            if self._fault is not None:
-                raise self._fault
-            await starting
-            await self._ready
-        finally:
-            alarm.cancel()
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
 
     async def step(self, inputs: Any, *, timeout_s: float | None = None) -> list[Any]:
         """Publish one step and return what the output ranks answer, in the order of ``output_ranks``.
@@ -176,7 +171,10 @@ class WorkerGroup:
 
         Cancellation: before the publication nothing happened; after it the step still completes on the ranks.
         """
-        return await (await self.submit(inputs, timeout_s=timeout_s))
+        limit = self._limit(timeout_s)
+        if not self._may_ask():
+            await self._wait_for_room()
+        return await self._stream.ask(StepKind.STEP, inputs, self.config.output_ranks, limit)
 
     async def submit(self, inputs: Any, *, timeout_s: float | None = None) -> PendingReply:
         """Publish one step as soon as the window has room, and return at once; await the result for the answers.
@@ -189,11 +187,9 @@ class WorkerGroup:
             Otherwise as ``step``, whose ``timeout_s`` this is.
         """
         limit = self._limit(timeout_s)
-        await self._wait_for_room()
-        pending = self._stream.ask(StepKind.STEP, inputs, self._num_steps, self.config.output_ranks, limit)
-        self._num_steps += 1
-        self._stream.statistics.steps += 1
-        return pending
+        if not self._may_ask():
+            await self._wait_for_room()
+        return self._stream.ask(StepKind.STEP, inputs, self.config.output_ranks, limit)
 
     async def call(
         self, method: str, /, *args: Any, ranks: Sequence[int] | None = None, timeout_s: float | None = None, **kwargs: Any
@@ -214,10 +210,9 @@ class WorkerGroup:
             raise TypeError(f"method is {method!r}; give the name of one that the worker marks @zspmd.rpc")
         limit = self._limit(timeout_s)
         asked = check_ranks("ranks", "all" if ranks is None else ranks, self.world_size)
-        await self._wait_for_room()
-        pending = self._stream.ask(StepKind.CALL, [method, list(args), kwargs, list(asked)], None, asked, limit)
-        self._stream.statistics.calls += 1
-        return await pending
+        if not self._may_ask():
+            await self._wait_for_room()
+        return await self._stream.ask(StepKind.CALL, [method, list(args), kwargs, list(asked)], asked, limit)
 
     def health(self) -> list[RankHealth]:
         """Return what each rank last said of itself; asks nobody."""
@@ -247,7 +242,7 @@ class WorkerGroup:
         self._check_started()
         if self._close_task is not None:
             raise ClosedError(f"group {self.launch_id} is closed: its ranks do nothing any more")
-        return await self._overdue.dump_stacks(self._limit(timeout_s))
+        return await self._overdue.dump_stacks(check_limit(timeout_s))
 
     def events(self) -> AsyncIterator[GroupEvent]:
         """Return a stream of what happens to the group: from the first event on, however late it is asked for, to ``closed``.
@@ -289,8 +284,7 @@ class WorkerGroup:
     async def _close(self, abort: bool) -> None:
         self._events.emit("closing")
         closed = ClosedError(f"group {self.launch_id} is closed; launch a new one")
-        if not self._ready.done():
-            self._ready.set_exception(self._fault or closed)
+        self._readiness.fail(self.fault or closed)
         try:
             last_fault = await self._end_ranks(is_graceful=self._is_ready and not abort)
         except BaseException:  # a second Ctrl-C cancels this task too, and the program may go on
@@ -299,26 +293,29 @@ class WorkerGroup:
         finally:
             self._verdict.stopping()
             self._watch.close()
-            self._stream.fail(self._fault or closed)
+            self._stream.fail(self.fault or closed)
             self._stream.close()
             await self._overdue.aclose()
+            await self._processes.leave_callers(int(abort or self.fault is not None))  # what they end with
             self._processes.close()
             self._events.emit("closed")
-        self._fault = self._fault or last_fault
+        if self.fault is None:
+            self._verdict.fault = last_fault
         is_told = self._is_fault_told or any(pending.has_raised for pending in self._failed)
-        if self._fault is not None and not abort and not is_told:
-            raise self._fault
+        if self.fault is not None and not abort and not is_told:
+            raise self.fault
 
     async def _end_ranks(self, *, is_graceful: bool) -> ZspmdError | None:
         """End the ranks, after their steps and by STOP if that is graceful; returns what went wrong with them then."""
         drain_s = self.config.deadlines.drain_s
-        if is_graceful and self._fault is None:
+        if is_graceful and self.fault is None:
             await self._stream.drain(drain_s)
-        if not is_graceful or self._fault is not None:
+        if not is_graceful or self.fault is not None:
             self._verdict.stopping()
             await self._processes.stop(grace_s=0.0)
             return None
-        self._stop_ranks()
+        with contextlib.suppress(BackpressureError):  # a rank that does not read is ended by signals
+            self._stream.publish(StepKind.STOP)
         self._verdict.stopping(signals_after_s=drain_s)
         await self._processes.stop(grace_s=drain_s)
         fault = await self._verdict.last_words()
@@ -326,76 +323,61 @@ class WorkerGroup:
             self.config.recorder.failed(fault)
         return fault
 
-    def _stop_ranks(self) -> None:
-        with contextlib.suppress(BackpressureError):  # a rank that does not read is ended by signals
-            self._stream.publish(StepKind.STOP)
-
-    # publishing
+    def _may_ask(self) -> bool:
+        """Whether ``_wait_for_room`` would return at once."""
+        is_open = self._is_ready and self._close_task is None and self._verdict.fault is None
+        return is_open and asyncio.get_running_loop() is self._loop and self._stream.gate.is_open
 
     async def _wait_for_room(self) -> None:
         self._check_open()
-        await self._stream.wait_for_room(self.config.deadlines.step_s)
+        await self._stream.gate.wait(self.config.deadlines.step_s)
         self._check_open()
 
     def _limit(self, timeout_s: float | None) -> float:
-        limit = self.config.deadlines.step_s if timeout_s is None else timeout_s
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
-            raise ConfigError(f"timeout_s is {limit!r}; it must be a number of seconds above 0")
-        return limit
+        return self.config.deadlines.step_s if timeout_s is None else check_limit(timeout_s)
 
-    def _publish_sync(self) -> None:
-        """Every rank has subscribed: ask for the round trip that proves both directions, once each has set up."""
-        self._stream.publish(StepKind.SYNC)
-
-    # collecting
-
-    def _on_result(self, frame: ResultFrame) -> None:
+    def _on_result(self, frame: ResultFrame) -> bool:
+        """Take one answer; returns whether it woke whoever awaits a step or call."""
         try:
-            self._take(frame)
+            if frame.kind is ResultKind.ERROR:
+                self._verdict.raised(self._stream.known_rank(frame), read_failure(frame))
+                return False
+            has_woken = self._stream.take(frame)
         except (AnswerLostError, BackpressureError, InternalError, ProtocolError) as error:
             self._verdict.misanswered(frame.rank, frame.seq, error)
-
-    def _take(self, frame: ResultFrame) -> None:
-        if frame.rank >= self.world_size:
-            raise ProtocolError(f"{frame.kind.name} of rank {frame.rank}; the ranks are 0 to {self.world_size - 1}")
-        if frame.kind is ResultKind.ERROR:
-            self._verdict.raised(frame.rank, read_failure(frame))
-            return
-        self._stream.take(frame)
-        if frame.kind is ResultKind.SYNC_ACK and not self._stream.in_flight and not self._ready.done():
-            self._ready.set_result(None)
-
-    # failing
+            return False
+        if frame.kind is ResultKind.SYNC_ACK and not self._stream.in_flight:
+            self._readiness.reach()
+        return has_woken
 
     def _fail(self, error: ZspmdError) -> None:
         """Raise ``error`` from every await, now and later, and end the ranks."""
-        self._fault = error
         if self.config.recorder is not None:
             self.config.recorder.failed(error)
         self._events.emit("failed", error.rank if isinstance(error, WorkerError) else None, str(error))
-        self._is_fault_told = self._stream.has_waiters
+        if self.config.dial is not None:  # another launcher may end this process before it comes to say it
+            print(f"zspmd: {self.launch_id}: {error}", file=sys.stderr, flush=True)
+        self._is_fault_told = self._stream.gate.has_waiters
         self._failed = self._stream.pending
         self._processes.kill_nowait()
         self._stream.fail(error)
-        if not self._ready.done():
-            self._ready.set_exception(error)
+        self._readiness.fail(error)
 
-    def _on_ready_timeout(self) -> None:
-        if not self._ready.done():
-            has_synced = self._stream.in_flight > 0  # before that, some have not subscribed
-            self._ready.set_exception(self._processes.not_ready(self._stream.missing(0) if has_synced else None))
+    def _not_ready(self) -> ReadyTimeoutError:
+        has_synced = self._stream.in_flight > 0  # before that, some have not subscribed
+        return self._processes.not_ready(self._stream.missing(0) if has_synced else None)
 
     def _give_up(self, pending: PendingReply, error: WorkerStalledError) -> None:
         self._events.emit("stalled", error.rank, str(error.args[0]))
         self._stream.give_up(pending, error)
 
+    def _fault_log(self) -> FaultLog:
+        return FaultLog(self._reports.identity, self._processes.log_tail)
+
     def _call_error(self, rank: int, failure: Failure) -> WorkerError:
         log = self._fault_log()
         log.raised(rank, failure)
         return log.first_cause()
-
-    def _fault_log(self) -> FaultLog:
-        return FaultLog(self._reports.identity, self._processes.log_tail)
 
     def _check_started(self) -> None:
         if not self._processes.is_open:
@@ -403,16 +385,10 @@ class WorkerGroup:
 
     def _check_open(self) -> None:
         self._check_started()
-        if self._fault is not None:
+        if self.fault is not None:
             self._is_fault_told = True
-            raise self._fault.with_traceback(None)
+            raise self.fault.with_traceback(None)
         if asyncio.get_running_loop() is not self._loop:
             raise ClosedError(f"group {self.launch_id} belongs to another event loop; use it where it was started")
         if self._close_task is not None or not self._is_ready:
             raise ClosedError(f"group {self.launch_id} is {'closed' if self._close_task else 'not ready'}; launch a new one")
-
-
-def _see(ready: asyncio.Future[None]) -> None:
-    """Mark an exception as seen, so that asyncio doesn't complain of one that nobody awaits."""
-    if not ready.cancelled():
-        ready.exception()

@@ -9,18 +9,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...backends import choose_communicator
-from ...config import Deadlines, ParallelConfig
+from ...config import Deadlines, NodesConfig, ParallelConfig
 from ...errors import ConfigError, TopologyError
 from ...transport.security import check_bind_address
 from ..launch.devices import detect_devices
+from ..launch.hosts import Host as Host
 from ..launch.launch_id import check_launch_id, generate_launch_id
 from .recording import FileRecorder, GroupRecorder, check_recording_path
 
 if TYPE_CHECKING:
+    from ..launch.dial_place import DialPlace
     from .group import WorkerGroup
 
 MAX_WINDOW = 256
 START_METHODS = ("fork", "spawn")
+LAUNCHERS = ("agents", "external")
 OnLog = Callable[[int, str, str], None]
 OnProgress = Callable[[int, int, int, str], None]
 
@@ -36,7 +39,7 @@ class GroupConfig:
     output_ranks: tuple[int, ...]
     window: int
     launch_id: str
-    devices: tuple[str, ...]
+    devices: str | tuple[str, ...]  # by rank, but with hosts as the user said it
     deadlines: Deadlines = field(default_factory=Deadlines)
     log_dir: str | None = None
     preload: tuple[str, ...] = ()
@@ -46,6 +49,9 @@ class GroupConfig:
     on_progress: OnProgress | None = None
     recorder: GroupRecorder | None = None
     bind: str | None = None
+    hosts: tuple[Host, ...] | None = None
+    nodes: NodesConfig = field(default_factory=NodesConfig)
+    dial: DialPlace | None = None
 
 
 def launch(
@@ -67,6 +73,9 @@ def launch(
     on_progress: OnProgress | None = None,
     record: str | os.PathLike[str] | None = None,
     bind: str | None = None,
+    hosts: str | os.PathLike[str] | Sequence[str | Host] | None = None,
+    nodes: NodesConfig | None = None,
+    launcher: str | DialPlace = "agents",
 ) -> WorkerGroup:
     """Return a worker group; ``async with`` it to start the ranks and to end them.
 
@@ -88,17 +97,37 @@ def launch(
         on_log: called with (rank, stream, line) for each line a rank prints; None prints it to stderr with the rank before it.
         on_progress: called with (rank, done, total, what) as ranks report the progress of their set-up.
         record: a file to make, with all that passes between the driver and its ranks, for ``zspmd-run replay``; each rank writes the
-            results of its collectives beside it, to ``<record>.r00000`` and so on. As large as all of these together.
-
+            results of its collectives beside it, to ``<record>.r00000`` and so on. As large as all of these together. On one node only.
         bind: the IP address of this host at which the driver's sockets listen on TCP, with CURVE, and to which the ranks connect; None
-            keeps to sockets in the run directory, and opens no port at all.
+            keeps to sockets in the run directory, and opens no port at all. With ``hosts``, the driver's address; None finds one.
+        hosts: the machines that the ranks run on, in rank order: a hostfile's path, or its entries ("node1 slots=4"). Those of this
+            machine connect by sockets in the run directory, the others by TCP with CURVE. None runs all of them here.
+        nodes: how the others are reached.
+        launcher: "agents" starts the ranks; "external" joins what torchrun, mpirun or srun has started, one process for each rank, all of
+            which come here. The group of rank 0's drives; in the others ``start`` serves it until the end of the launch and then raises
+            SystemExit, so that the program ends there. ``bind`` is rank 0's address where that is on another machine and its launcher
+            does not tell, and several machines need ZSPMD_SECRET; see docs/external.md.
 
     Raises:
         ConfigError, TopologyError: an argument out of its range; nothing was started.
+        HostfileError: entries that cannot be read, all of them.
         InsecureEndpointError: ``bind`` means more than one address.
     """
     from .group import WorkerGroup
 
+    place = None
+    if not isinstance(launcher, str):
+        place, launch_id = launcher, launcher.launch_id
+    else:
+        _check_choice("launcher", launcher, LAUNCHERS)
+    if launcher != "agents" and hosts is not None:
+        raise ConfigError(f"hosts and launcher={launcher!r} are given; nodes that call in are where they are: leave hosts out")
+    if launcher == "external":
+        from .external_launch import find_place  # what other launches need not wait for
+
+        asked = world_size if parallel is None else parallel.world_size
+        place = find_place(world_size=asked, launch_id=launch_id, master_addr=bind, lease_s=(deadlines or Deadlines()).lease_s)
+        world_size, launch_id = place.num_nodes, place.launch_id
     sizes = _parallel(world_size, parallel)
     reference, main_path = worker_reference(worker)
     if isinstance(window, bool) or not isinstance(window, int) or not 1 <= window <= MAX_WINDOW:
@@ -108,7 +137,12 @@ def launch(
         raise ConfigError(f"worker_args is a {type(worker_args).__name__}; give a dict of setup's keyword arguments")
     if isinstance(preload, str):
         raise ConfigError(f"preload is the text {preload!r}; give a list of module names")
-    places = detect_devices(devices, sizes.world_size)
+    machines = None if hosts is None else read_hosts(hosts, nodes or NodesConfig())
+    is_spread = machines is not None or place is not None
+    if is_spread and record is not None:
+        what = "launcher" if machines is None else "hosts"
+        raise ConfigError(f"record and {what} are given, but a recording is of ranks on one node; leave one of them out")
+    places = devices if is_spread else detect_devices(devices, sizes.world_size)
     return WorkerGroup(
         GroupConfig(
             worker=reference,
@@ -118,18 +152,42 @@ def launch(
             output_ranks=check_ranks("output_ranks", output_ranks, sizes.world_size),
             window=window,
             launch_id=generate_launch_id() if launch_id is None else check_launch_id(launch_id),
-            devices=tuple(places),
+            devices=places if isinstance(places, str) else tuple(places),
             deadlines=deadlines or Deadlines(),
             log_dir=None if log_dir is None else os.path.abspath(log_dir),
             preload=tuple(preload),
             start_method=start_method,
-            communicator=choose_communicator(communicator, places),
+            communicator=communicator if is_spread else choose_communicator(communicator, places),
             on_log=on_log,
             on_progress=on_progress,
             recorder=None if record is None else FileRecorder(check_recording_path(record)),
-            bind=None if bind is None else check_bind_address(bind),
+            bind=None if bind is None or place is not None else check_bind_address(bind),
+            hosts=machines,
+            nodes=nodes or NodesConfig(),
+            dial=place,
         )
     )
+
+
+def read_hosts(hosts: str | os.PathLike[str] | Sequence[str | Host], config: NodesConfig) -> tuple[Host, ...]:
+    """Return the hosts of a file or list that take part.
+
+    Raises:
+        HostfileError: entries that cannot be read, all of them.
+        ConfigError: there are none.
+    """
+    from ..launch.host_lists import parse_hosts
+    from ..launch.host_selection import select_hosts
+    from ..launch.hostfile import read_hostfile
+
+    notes: list[str] = []
+    if isinstance(hosts, (str, os.PathLike)):
+        found = read_hostfile(os.fspath(hosts), notes=notes)
+    else:
+        found = parse_hosts(list(hosts), notes=notes)
+    for note in notes:
+        print(f"zspmd: {note}", file=sys.stderr)
+    return tuple(select_hosts(found, include=config.include, exclude=config.exclude, num_nodes=config.num_nodes))
 
 
 def worker_reference(worker: type | str) -> tuple[str, str]:

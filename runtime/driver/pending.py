@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ResultTakenError
-from .alarm import Alarm
+
+if TYPE_CHECKING:
+    from .alarm import PatientDelay
 
 
 class PendingReply:
@@ -23,8 +24,31 @@ class PendingReply:
         ranks: who answers.
         awaited: whose word ends it: ``ranks``, or every rank where they read the inputs out of the caller's memory.
         asked_ns, published_ns: on the monotonic clock, before and after the inputs were encoded.
+        limit_s: how long it may take; infinite once that has passed.
+        delay: what is left of it, from when ``ReplyDeadlines`` has first looked.
+        is_done: whether an await would return or raise at once.
         has_raised: whether an await got the error.
     """
+
+    __slots__ = (
+        "_answers",
+        "_callbacks",
+        "_error",
+        "_is_taken",
+        "_loop",
+        "_num_awaited",
+        "_waiters",
+        "asked_ns",
+        "awaited",
+        "delay",
+        "has_raised",
+        "is_done",
+        "limit_s",
+        "published_ns",
+        "ranks",
+        "seq",
+        "step_id",
+    )
 
     def __init__(
         self,
@@ -36,6 +60,7 @@ class PendingReply:
         awaited: Sequence[int],
         asked_ns: int,
         published_ns: int,
+        limit_s: float,
     ) -> None:
         self.seq = seq
         self.step_id = step_id
@@ -43,19 +68,17 @@ class PendingReply:
         self.awaited = awaited
         self.asked_ns = asked_ns
         self.published_ns = published_ns
+        self.limit_s = limit_s
+        self.delay: PatientDelay | None = None
+        self.has_raised = False
+        self.is_done = False
         self._loop = loop
+        self._num_awaited = len(awaited)
         self._answers: dict[int, Any] = {}
         self._error: BaseException | None = None
-        self._is_done = False
         self._is_taken = False
-        self.has_raised = False
+        self._waiters: list[asyncio.Future[None]] = []
         self._callbacks: list[Callable[[], None]] = []
-        self._alarm: Alarm | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether an await would return or raise at once."""
-        return self._is_done
 
     @property
     def missing(self) -> list[int]:
@@ -63,8 +86,10 @@ class PendingReply:
         return [] if self._is_taken else [rank for rank in self.awaited if rank not in self._answers]
 
     def __await__(self) -> Generator[Any, None, list[Any]]:
-        if not self._is_done:
-            yield from self.wait_done()
+        if not self.is_done:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._waiters.append(waiter)
+            yield from waiter
         if self._error is not None:
             self.has_raised = True
             raise self._error.with_traceback(None)  # one error for many awaits: each begins its own traceback
@@ -78,45 +103,41 @@ class PendingReply:
     def wait_done(self) -> asyncio.Future[None]:
         """Return a future for the end, whichever it is; it never raises."""
         waiter: asyncio.Future[None] = self._loop.create_future()
-        self.add_done_callback(partial(_wake, waiter))
+        if self.is_done:
+            waiter.set_result(None)
+        else:
+            self._waiters.append(waiter)
         return waiter
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called at the end, whichever it is; at once if that has been."""
-        if self._is_done:
+        if self.is_done:
             callback()
         else:
             self._callbacks.append(callback)
 
-    def expire_after(self, timeout_s: float, on_overdue: Callable[[PendingReply], None]) -> None:
-        """Call ``on_overdue`` unless all answers are there in time."""
-        self._alarm = Alarm(self._loop, timeout_s, partial(on_overdue, self))
-
     def answer(self, rank: int, value: Any) -> bool:
         """Take one awaited rank's answer, None of one that gives none; returns whether it was the last. Those after the end are dropped."""
-        if self._is_done:
+        if self.is_done:
             return False
         self._answers[rank] = value
-        if len(self._answers) < len(self.awaited):
+        if len(self._answers) < self._num_awaited:
             return False
         self._finish()
         return True
 
     def fail(self, error: BaseException) -> None:
         """End with an error; the first end counts."""
-        if not self._is_done:
+        if not self.is_done:
             self._error = error
             self._finish()
 
     def _finish(self) -> None:
-        self._is_done = True
-        if self._alarm is not None:
-            self._alarm.cancel()
+        self.is_done = True
+        for waiter in self._waiters:
+            if not waiter.done():  # else its await was cancelled
+                waiter.set_result(None)
+        self._waiters.clear()
         for callback in self._callbacks:
             callback()
         self._callbacks.clear()
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():  # an await that was cancelled
-        waiter.set_result(None)

@@ -73,7 +73,7 @@ class FileRecorder:
             preload=config.preload,
             start_method=config.start_method,
             output_ranks=config.output_ranks,
-            devices=config.devices,
+            devices=tuple(config.devices),
             communicator=config.communicator,
             window=config.window,
             omp_num_threads=omp_num_threads,

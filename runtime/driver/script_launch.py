@@ -13,31 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
-import secrets
 import signal
-import socket
+import time
 from collections import deque
 
-import zmq
-
-from ...errors import LaunchError, PeerLostError, ProtocolError
-from ...transport.control_sockets import ControlServer
-from ...transport.records import Bootstrap
-from ...transport.schema import pack_record
-from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, Start
+from ...errors import LaunchError, NodeLostError
+from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog
+from ..launch.launch_supervisor import AllGone, NodeEvent
 from ..launch.options import ScriptOptions
-from ..launch.plan import LaunchPlan, plan_local
-from ..launch.ports import ReservedPort, hold_port, reserve_port
-from ..launch.resources import check_resources, shortages_named
-from ..launch.run_directory import RunDirectory
+from ..launch.plan_text import describe_nodes
 from ..launch.script_console import ScriptConsole
-from ..launch.supervisor import AgentLost, Event, NodeSupervisor
-from .control import ControlHub, RankRecord
-from .script_faults import RankEnd, exit_code_of, first_cause, summarise
+from ..launch.supervisor import AgentLost
+from .script_end import ScriptEnd
+from .script_faults import RankEnd
+from .script_processes import KILL_S, ScriptProcesses
 
-START_S = 120.0
-KILL_S = 2.0
 # A rank whose error the loss of another explains is heard of first when the other takes its time to end; it gets this long.
 SETTLE_S = 2.0
 # Beyond the moments given to the agent, until it is killed itself.
@@ -47,6 +39,8 @@ _MAX_LINE_CHARACTERS = 2000
 _STOPPED_FLUSH_S = 1.0
 _FLUSH_PERIOD_S = 0.01
 _PACE_PERIOD_S = 0.02
+_NODE_SIGNAL_S = 0.5
+_STACKS_S = 5.0
 
 
 class ScriptLaunch:
@@ -56,17 +50,26 @@ class ScriptLaunch:
         self._options = options
         self._loop = asyncio.get_running_loop()
         self._console = ScriptConsole(options, self._on_output_closed)
-        self._supervisor: NodeSupervisor | None = None
-        self._token = secrets.token_bytes(32)
+        self._is_terminal = os.isatty(1)
+        self._processes = ScriptProcesses(
+            options,
+            log_policy="drop" if self._is_terminal else "wait",
+            on_event=self._on_event,
+            on_trouble=self._console.say,
+            on_node_signal=self._on_node_signal,
+        )
         self._done = asyncio.Event()
         self._signals: list[int] = []
         self._started_at = 0.0
+        self._is_overdue = False
+        self._left: tuple[int, ...] = ()
         self._ends: list[RankEnd] = []
-        self._stderr = [deque[str](maxlen=_STDERR_LINES) for _ in range(options.world_size)]
+        self._stderr: dict[int, deque[str]] = {}
         self._is_ending = False
+        self._ending_at = math.inf
         self._is_holding = False
-        self._is_terminal = os.isatty(1)
-        self._error: LaunchError | PeerLostError | None = None
+        self._error: LaunchError | NodeLostError | None = None
+        self._preparing: asyncio.Task[object] | None = None
 
     async def run(self) -> int:
         """Run the launch and return its exit code: 0, that of the rank that failed first, or 128 and the first signal.
@@ -81,33 +84,28 @@ class ScriptLaunch:
         """
         if self._signals:  # before anything was started
             return 128 + self._signals[0]
-        with contextlib.ExitStack() as cleanups:
-            check_resources(self._options.world_size)
-            self._supervisor = NodeSupervisor(self._on_event)
+        with contextlib.closing(self._processes):
             try:
-                self._supervisor.open()
-                with shortages_named():
-                    directory = RunDirectory.create(self._options.launch_id)
-                    cleanups.callback(directory.remove)
-                    port = cleanups.enter_context(self._hold_port())
-                    self._open_store(directory, cleanups)
-                plan = script_plan(self._options, port.port, str(directory.path))
-                await self._follow(self._supervisor, self._order(plan, directory), directory)
+                await self._follow()
             finally:
-                await self._supervisor.stop(0.0, KILL_S)
+                await self._processes.stop()
         return await self._conclude()
 
     def interrupt(self, number: int) -> None:
         """Have the ranks ended: gently the first time, quickly the second, at once the third."""
         self._signals.append(number)
         name, count = signal.Signals(number).name, len(self._signals)
-        if self._supervisor is None or self._done.is_set():
+        supervisor = self._processes.supervisor
+        if self._preparing is not None and not self._preparing.done():
+            self._preparing.cancel()  # no rank is there yet
+            return
+        if supervisor is None or self._done.is_set():
             return
         grace_s = self._options.grace_s
         if count == 1:
             why = "nobody reads standard output any longer" if number == signal.SIGPIPE else name
             self._console.say(f"{why}: the ranks have {grace_s:g} s to end; a signal more ends them in {KILL_S:g} s, yet another at once")
-            self._supervisor.signal_nowait(signal.SIGTERM if number == signal.SIGPIPE else number)
+            supervisor.signal_nowait(signal.SIGTERM if number == signal.SIGPIPE else number)
             self._end_ranks(grace_s, KILL_S)
         elif count == 2:
             self._console.say(f"{name} again: the ranks are ended")
@@ -115,45 +113,51 @@ class ScriptLaunch:
         else:
             self._end_ranks(0.0, 0.0)
 
+    async def time_out(self) -> None:
+        """Tell what each rank is doing, and have them ended as after a failure."""
+        if self._preparing is not None and not self._preparing.done():
+            self._is_overdue = True
+            self._preparing.cancel()
+        elif self._processes.supervisor is not None and not self._done.is_set() and not self._is_ending:
+            self._is_overdue = True
+            self._console.say(f"not done within {self._options.timeout_s:g} s (--timeout); what the ranks are doing:")
+            for rank, text in sorted((await self._processes.supervisor.dump_stacks(_STACKS_S)).items()):
+                self._console.say(f"rank {rank}: {text}")
+            self._abort()
+
+    async def leave_callers(self, exit_code: int) -> None:
+        """Have the processes of nodes that called in end with this code; after ``run``."""
+        await self._processes.leave_callers(exit_code)
+
+    def _on_node_signal(self, node_rank: int, number: int) -> None:
+        """End the launch as for a signal of one's own, unless that comes too: a terminal and a manager of jobs signal all processes."""
+
+        def interrupt() -> None:
+            if not self._signals:
+                self._console.say(f"the process of node {node_rank} got {signal.Signals(number).name}")
+                self.interrupt(number)
+
+        self._loop.call_later(_NODE_SIGNAL_S, interrupt)
+
     # --- starting ---
 
-    def _hold_port(self) -> ReservedPort:
-        options = self._options
-        if options.master_port:
-            return hold_port(options.master_addr, options.master_port)
-        return reserve_port(options.launch_id, "master", options.master_addr)
-
-    def _open_store(self, directory: RunDirectory, cleanups: contextlib.ExitStack) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        cleanups.callback(context.destroy, linger=0)
-        hub = ControlHub(
-            ControlServer(context, directory.endpoint("control")),
-            token=self._token,
-            world_size=self._options.world_size,
-            on_hello=_refuse_worker,
-            on_progress=lambda rank: None,  # only workers report any
-            on_error=lambda error: self._console.say(f"control socket: {error}"),
-        )
-        cleanups.callback(hub.close)
-
-    def _order(self, plan: LaunchPlan, directory: RunDirectory) -> Start:
-        options = self._options
-        secret = pack_record(Bootstrap(launch_id=options.launch_id, control_endpoint=directory.endpoint("control"), token=self._token))
-        environments = [script_environment(options, plan, rank) for rank in range(options.world_size)]
-        return Start(
-            ranks=tuple(RankStart(rank, environment, secret) for rank, environment in enumerate(environments)),
-            start_method="spawn",
-            argv=options.argv,
-            cwd=options.cwd,
-            log_dir=options.log_dir,
-            log_policy="drop" if self._is_terminal else "wait",
-            kill_s=KILL_S,
-        )
-
-    async def _follow(self, supervisor: NodeSupervisor, order: Start, directory: RunDirectory) -> None:
-        self._started_at = self._loop.time()
+    async def _follow(self) -> None:
+        self._preparing = self._loop.create_task(self._processes.prepare())
         try:
-            await supervisor.start(order, directory, START_S)
+            await self._preparing
+        except asyncio.CancelledError:
+            if not self._signals and not self._is_overdue:
+                raise
+            return
+        plan = self._processes.plan
+        self._console.use_plan(plan)
+        if len(plan.nodes) > 1 and not self._options.is_quiet:
+            self._console.say(describe_nodes(plan, self._options))
+        for name, line in self._processes.noise() if self._options.is_verbose else ():
+            self._console.say(f"{name}: its login printed: {line}")
+        self._started_at = time.monotonic()
+        try:
+            await self._processes.start()
         except LaunchError:
             if not self._signals:  # whoever ends a launch that is just starting gets no error for it
                 raise
@@ -162,42 +166,49 @@ class ScriptLaunch:
 
     # --- what happens ---
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: NodeEvent, node_rank: int) -> None:
         if isinstance(event, RankLog):
             if event.stream == "err":
-                self._stderr[event.rank].extend(line[:_MAX_LINE_CHARACTERS] for line in event.lines)
+                self._stderr.setdefault(event.rank, deque(maxlen=_STDERR_LINES)).extend(line[:_MAX_LINE_CHARACTERS] for line in event.lines)
             self._console.show(event.rank, event.stream, event.lines)
             if not self._is_holding:
                 self._pace()
         elif isinstance(event, RankExited):
-            self._on_exit(event)
+            self._on_exit(event, node_rank)
         elif isinstance(event, AgentWarning):
             self._console.say(event.reason)
         elif isinstance(event, (AgentGone, AgentLost)):
-            self._on_agent_end(event)
+            self._on_agent_end(event, node_rank)
+        elif isinstance(event, AllGone):
+            self._done.set()
 
     def _pace(self) -> None:
         """Let ranks wait for whoever reads their output, as a pipe would; not for a terminal, nor once they are to end."""
-        assert self._supervisor is not None
+        assert self._processes.supervisor is not None, "it has said something"
         is_holding = self._console.is_behind and not self._is_terminal and not self._is_ending
         if is_holding != self._is_holding:
             self._is_holding = is_holding
-            self._supervisor.hold_nowait(is_holding)
+            self._processes.supervisor.hold_nowait(is_holding)
         if is_holding:
             self._loop.call_later(_PACE_PERIOD_S, self._pace)
 
-    def _on_exit(self, event: RankExited) -> None:
+    def _on_exit(self, event: RankExited, node_rank: int) -> None:
+        ended_s, whereabouts = event.ended_ns / 1e9, self._processes.whereabouts(node_rank)
         end = RankEnd(
             rank=event.rank,
             pid=event.pid,
             exit_code=event.exit_code,
-            at_s=self._loop.time() - self._started_at,
-            is_spontaneous=not self._is_ending,
-            stderr=tuple(self._stderr[event.rank]),
+            at_s=max(0.0, ended_s - self._started_at),
+            # the news of it may have come later; what the clocks of two nodes do not tell, the agent does
+            is_spontaneous=not event.was_signalled and ended_s - whereabouts.get("error_s", 0.0) < self._ending_at,
+            stderr=tuple(self._stderr.get(event.rank, ())),
             tail=event.log_tail,
             error_report=event.error_report,
+            **whereabouts,
         )
         self._ends.append(end)
+        if end.exit_code != 0 and end.is_spontaneous:
+            self._console.show_failed(end.rank, end.tail)
         if end.exit_code == 0 or self._is_ending:
             return
         if end.is_consequence:
@@ -211,9 +222,10 @@ class ScriptLaunch:
 
     def _end_ranks(self, grace_s: float, kill_s: float) -> None:
         """Ask the agent for the end of all ranks; if it does not come, ``run`` goes on without and kills the agent."""
-        assert self._supervisor is not None
-        self._is_ending = True
-        self._supervisor.stop_nowait(grace_s, kill_s)
+        assert self._processes.supervisor is not None, "there is something to be ended"
+        if not self._is_ending:
+            self._is_ending, self._ending_at = True, time.monotonic()
+        self._processes.supervisor.stop_nowait(grace_s, kill_s)
         self._loop.call_later(grace_s + 2 * kill_s + _MARGIN_S, self._done.set)
 
     def _on_output_closed(self) -> None:
@@ -221,29 +233,38 @@ class ScriptLaunch:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.interrupt, signal.SIGPIPE)
 
-    def _on_agent_end(self, event: AgentGone | AgentLost) -> None:
+    def _on_agent_end(self, event: AgentGone | AgentLost, node_rank: int) -> None:
         if isinstance(event, AgentLost):
-            self._error = PeerLostError(f"the ranks are gone with the agent that supervised them: {event.reason}")
+            self._error = self._error or self._processes.node_lost(node_rank, event)
+            self._abort()
         elif event.left:
-            pids = ", ".join(map(str, event.left))
-            self._error = LaunchError(f"pids {pids} did not end even after SIGKILL; see their state in /proc")
-        self._done.set()
+            pids, name = ", ".join(map(str, event.left)), self._processes.node_name(node_rank)
+            self._error = LaunchError(f"{name}: pids {pids} did not end even after SIGKILL; see their state in /proc".lstrip(": "))
 
     # --- the end ---
 
     async def _conclude(self) -> int:
-        cause = first_cause(self._ends)
-        is_failure = cause is not None and cause.severity < 2
-        if cause is not None and is_failure:
-            self._console.say(summarise(cause, self._ends, host=socket.gethostname(), log_dir=self._options.log_dir))
+        now = time.monotonic()
+        end = ScriptEnd(
+            options=self._options,
+            plan=self._processes.plan if self._started_at else None,
+            ends=self._ends,
+            signals=self._signals,
+            error=self._error,
+            is_overdue=self._is_overdue,
+            elapsed_s=now - self._started_at if self._started_at else 0.0,
+            cleanup_s=now - self._started_at - min((end.at_s for end in self._ends), default=0.0) if self._started_at else 0.0,
+            left=self._left,
+        )
+        if summary := end.summary():
+            self._console.say(summary)
+        if trouble := end.write_report():
+            self._console.say(trouble)
         await self._wait_shown()
-        if cause is not None and is_failure:
-            return exit_code_of(cause)
-        if self._signals:
-            return 128 + self._signals[0]
-        if self._error is not None:
+        code = end.exit_code
+        if code is None and self._error is not None:
             raise self._error
-        return 0
+        return code or 0
 
     async def _wait_shown(self) -> None:
         """Wait until whoever reads our output has read it, for as long as that takes: a pager may be open. A signal ends the wait."""
@@ -253,34 +274,3 @@ class ScriptLaunch:
             if len(self._signals) > num_signals or (deadline is not None and self._loop.time() > deadline):
                 return
             await asyncio.sleep(_FLUSH_PERIOD_S)
-
-
-def script_plan(options: ScriptOptions, master_port: int, run_directory: str) -> LaunchPlan:
-    """Return the plan of a script's launch; starts and binds nothing."""
-    return plan_local(
-        launch_id=options.launch_id,
-        world_size=options.world_size,
-        master_addr=options.master_addr,
-        master_port=master_port,
-        run_directory=run_directory,
-        devices=options.devices,
-    )
-
-
-def script_environment(options: ScriptOptions, plan: LaunchPlan, rank: int) -> dict[str, str]:
-    """Return the whole environment of a rank: the launch's facts, what torch's elastic agent would set, and ``--env``."""
-    environment = plan.rank_environment(rank, {**os.environ, **options.environment})
-    environment.update(options.environment)  # those too that are taken out as another launcher's
-    environment.update(
-        TORCHELASTIC_RUN_ID=options.run_id,
-        TORCHELASTIC_RESTART_COUNT="0",
-        TORCHELASTIC_MAX_RESTARTS="0",
-        TORCHELASTIC_ERROR_FILE=os.path.join(plan.run_directory, f"error-r{rank:05d}.json"),
-    )
-    if options.visible_devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = options.visible_devices
-    return environment
-
-
-def _refuse_worker(rank: RankRecord) -> None:
-    raise ProtocolError(f"rank {rank.rank} asks for a worker's welcome, and this launch runs a script")

@@ -21,6 +21,7 @@ from ...transport.window import CreditWindow
 from .gate import WindowGate
 from .pending import PendingReply
 from .processes import GroupProcesses
+from .reply_deadlines import ReplyDeadlines
 from .statistics import GroupStatistics
 from .ticker import Ticker
 
@@ -48,22 +49,18 @@ class StepStream:
         self._call_error = call_error
         self._encoder = ValueEncoder()
         self._window = CreditWindow(size=window, num_ranks=num_ranks)
-        self._gate = WindowGate(self._window)
+        self.gate = WindowGate(self._window)
+        """Where whoever wants to ask waits for room."""
         self._all_ranks = range(num_ranks)
         self._pending: dict[int, PendingReply] = {}
-        self._step_id: int | None = None  # of the step that was published last
-        self._step_ids: deque[int | None] = deque()  # the same at each frame in flight, oldest first
+        self._num_steps = 0
+        self._no_steps: deque[int] = deque()  # of the frames in flight, and some before them: calls and what is neither
         self._replayed: dict[int, tuple[int, int]] = {}  # by rank: the frame it missed last, and how many ticks there had been
 
     @property
     def in_flight(self) -> int:
         """Frames that some rank has not acknowledged."""
         return self._window.in_flight
-
-    @property
-    def has_waiters(self) -> bool:
-        """Whether somebody waits for room."""
-        return self._gate.has_waiters
 
     @property
     def pending(self) -> list[PendingReply]:
@@ -76,8 +73,10 @@ class StepStream:
 
     def step_of(self, rank: int) -> int | None:
         """Return the step that a rank is at: the first that it has not acknowledged, or the last if it has done all; None before it."""
-        place = self._window.due(rank) - self._window.oldest
-        return self._step_ids[place] if place < len(self._step_ids) else self._step_id
+        due = self._window.due(rank)
+        num_later = self._window.oldest + self._window.in_flight - 1 - due - sum(seq > due for seq in self._no_steps)
+        step_id = self._num_steps - 1 - max(num_later, 0)
+        return step_id if step_id >= 0 else None
 
     @property
     def window(self) -> CreditWindow:
@@ -88,13 +87,10 @@ class StepStream:
         """Bind to the loop that everything is called on."""
         self._loop = loop
         self._ticker = Ticker(loop, self._window, self._processes.tick)
+        self._deadlines = ReplyDeadlines(loop, self._pending, self._expired)
 
-    async def wait_for_room(self, timeout_s: float) -> None:
-        """Return when the caller may ask, which it must do at once; raises as ``WindowGate.wait``."""
-        await self._gate.wait(timeout_s)
-
-    def ask(self, kind: StepKind, value: Any, step_id: int | None, ranks: Sequence[int], timeout_s: float) -> PendingReply:
-        """Publish a step or call that ``ranks`` answer, within the room that was waited for.
+    def ask(self, kind: StepKind, value: Any, ranks: Sequence[int], timeout_s: float) -> PendingReply:
+        """Publish a step or call that ``ranks`` answer, within the room that was waited for, and count it.
 
         Raises:
             TypeError, ValueError: something in ``value`` may not travel; the room goes to the next in line.
@@ -103,27 +99,41 @@ class StepStream:
         try:
             body, buffers = self._encoder.encode(value)
             published_ns = time.monotonic_ns()
-            seq = self.publish(kind, body, buffers, step_id)
+            seq = self.publish(kind, body, buffers)
         except BaseException:
-            self._gate.grant()
+            self.gate.grant()
             raise
-        awaited = self._all_ranks if any(map(is_sent_in_place, buffers)) else ranks
-        pending = PendingReply(self._loop, seq, step_id, ranks, awaited=awaited, asked_ns=asked_ns, published_ns=published_ns)
-        pending.expire_after(timeout_s, self._expired)
+        awaited = self._all_ranks if buffers and any(map(is_sent_in_place, buffers)) else ranks
+        step_id = self._count(kind)
+        pending = PendingReply(
+            self._loop, seq, step_id, ranks, awaited=awaited, asked_ns=asked_ns, published_ns=published_ns, limit_s=timeout_s
+        )
         self._pending[seq] = pending
+        self._deadlines.watch(pending)
         return pending
 
-    def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = (), step_id: int | None = None) -> int:
+    def _count(self, kind: StepKind) -> int | None:
+        """Count a step, and return its id, or a call."""
+        if kind is not StepKind.STEP:
+            self.statistics.calls += 1
+            return None
+        self._num_steps += 1
+        self.statistics.steps = self._num_steps
+        return self._num_steps - 1
+
+    def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
         """Publish one frame, window or not, and return its number."""
         seq = self._processes.publish(kind, body, buffers)
         self._window.opened(seq)
-        self._step_id = self._step_id if step_id is None else step_id
-        self._step_ids.append(self._step_id)
+        if kind is not StepKind.STEP:
+            while self._no_steps and self._no_steps[0] < self._window.oldest:
+                self._no_steps.popleft()
+            self._no_steps.append(seq)
         self._ticker.arm()
         return seq
 
-    def take(self, frame: ResultFrame) -> None:
-        """Take one answer, or send again what a rank has missed.
+    def take(self, frame: ResultFrame) -> bool:
+        """Take one answer, or send again what a rank has missed; returns whether it was the last that an await was waiting for.
 
         Raises:
             StepGapError, BackpressureError: it cannot be sent again.
@@ -132,26 +142,34 @@ class StepStream:
         """
         kind = frame.kind
         if kind is ResultKind.GAP:
-            self._replay(frame.rank, frame.seq)
-            return
+            self._replay(self.known_rank(frame), frame.seq)
+            return False
         if self._window.acknowledged(frame.rank, frame.seq):
             self._processes.publisher.forget(self._window.oldest)
-            while len(self._step_ids) > self._window.in_flight:
-                self._step_ids.popleft()
             self._ticker.moved()
-            self._gate.grant()
+            self.gate.grant()
         if kind is ResultKind.OUTPUT or kind is ResultKind.REPLY:
-            self._answer(frame, decode_value(frame.body, frame.buffers))
+            value = decode_value(frame.body, frame.buffers)
+            pending = self._pending.get(frame.seq)
+            if pending is not None:
+                return self._take_answer(pending, frame, value)
+            self.statistics.late_answers += 1
         elif kind is ResultKind.ACK:
             pending = self._pending.get(frame.seq)
-            if pending is not None and frame.rank in pending.awaited:
-                self._take_answer(pending, frame, None)
+            return pending is not None and frame.rank in pending.awaited and self._take_answer(pending, frame, None)
         elif kind is ResultKind.CALL_ERROR:
             pending = self._pending.pop(frame.seq, None)
             if pending is None:
                 self.statistics.late_answers += 1
             else:
                 pending.fail(self._call_error(frame.rank, read_failure(frame)))
+        return False
+
+    def known_rank(self, frame: ResultFrame) -> int:
+        """Return the rank of a frame that acknowledges nothing; raises ProtocolError if there is no such rank."""
+        if frame.rank >= len(self._all_ranks):
+            raise ProtocolError(f"{frame.kind.name} of rank {frame.rank}; the ranks are 0 to {len(self._all_ranks) - 1}")
+        return frame.rank
 
     def _replay(self, rank: int, seq: int) -> None:
         """Send again once a tick: a rank that was busy answers every tick that has piled up with the same GAP."""
@@ -177,25 +195,21 @@ class StepStream:
         for pending in self._pending.values():
             pending.fail(error)
         self._pending.clear()
-        self._gate.fail(error)
+        self.gate.fail(error)
 
     def close(self) -> None:
-        """Stop the ticker; idempotent."""
+        """Stop the timers; idempotent."""
         self._ticker.close()
+        self._deadlines.close()
 
-    def _answer(self, frame: ResultFrame, value: Any) -> None:
-        pending = self._pending.get(frame.seq)
-        if pending is None:
-            self.statistics.late_answers += 1
-        else:
-            self._take_answer(pending, frame, value)
-
-    def _take_answer(self, pending: PendingReply, frame: ResultFrame, value: Any) -> None:
+    def _take_answer(self, pending: PendingReply, frame: ResultFrame, value: Any) -> bool:
         if (frame.rank in pending.ranks) is (frame.kind is ResultKind.ACK):
             raise ProtocolError(f"an {frame.kind.name}; the ranks that answer are {', '.join(map(str, pending.ranks))}")
-        if pending.answer(frame.rank, value):
-            del self._pending[frame.seq]
-            self.statistics.record(pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us)
+        if not pending.answer(frame.rank, value):
+            return False
+        del self._pending[frame.seq]
+        self.statistics.record(pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us)
+        return True
 
     def _expired(self, pending: PendingReply) -> None:
         self._on_overdue(pending, self._window.missing(pending.seq) or pending.missing)

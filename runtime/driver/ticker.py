@@ -33,12 +33,12 @@ class Ticker:
         """Begin to watch, as closely as the first; call it after each publication: also of a STOP after a long silence."""
         if self._timer is None:
             self._restart()
-        else:
+        elif self._period_s > FIRST_TICK_S:
             self.moved()
 
     def moved(self) -> None:
         """Note that the window has moved, or a frame was sent again: it is watched as closely as the first."""
-        if self._timer is not None and self._period_s > FIRST_TICK_S:
+        if self._period_s > FIRST_TICK_S and self._timer is not None:
             self._timer.cancel()
             self._restart()
 

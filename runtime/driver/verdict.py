@@ -25,6 +25,9 @@ class Verdict:
         faults: sorts what is seen of the ranks.
         not_ended: returns the error of a rank that had to be ended by signals.
         on_fault: gets the first cause, on the loop.
+
+    Attributes:
+        fault: the first cause, or None; once the group is closed also what its ``last_words`` were.
     """
 
     def __init__(
@@ -64,12 +67,12 @@ class Verdict:
         self._heard.set()
         self._settle()
 
-    def exited(self, rank: int, exit_code: int) -> None:
-        """Note that a rank's process ended; ``exit_code`` as in subprocess."""
+    def exited(self, rank: int, exit_code: int, at_s: float | None = None) -> None:
+        """Note that a rank's process ended, at ``at_s`` on this machine's monotonic clock; ``exit_code`` as in subprocess."""
         if self._is_stopping and exit_code in (-signal.SIGTERM, -signal.SIGKILL) and time.monotonic() >= self._signals_from:
             self._faults.failed(self._not_ended(rank))
         elif not self._is_stopping or exit_code != 0:
-            self._faults.exited(rank, exit_code)
+            self._faults.exited(rank, exit_code, at_s)
             self._settle()
 
     def misanswered(self, rank: int, seq: int, error: ZspmdError) -> None:

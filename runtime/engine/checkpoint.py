@@ -53,12 +53,14 @@ def open_checkpoint(path: str | Path, parallel: ParallelConfig, config: EngineCo
     return Checkpoint(directory, model, tokenizer, max_model_len)
 
 
-def choose_num_blocks(capacities: Sequence[Mapping[str, int]], devices: Sequence[str], max_model_len: int, config: EngineConfig) -> int:
+def choose_num_blocks(
+    capacities: Sequence[Mapping[str, int]], devices: Sequence[tuple[int, str]], max_model_len: int, config: EngineConfig
+) -> int:
     """Return the blocks of the KV pool, block 0 included: what the poorest rank has room for, and no more than can be used.
 
     Args:
         capacities: by rank, ``bytes_per_block`` and ``free_bytes``; ranks on one device share the latter.
-        devices: by rank.
+        devices: node and device by rank.
 
     Raises:
         ConfigError: no room for one sequence of ``max_model_len``, or for the ``num_blocks`` that were asked for.
@@ -67,7 +69,7 @@ def choose_num_blocks(capacities: Sequence[Mapping[str, int]], devices: Sequence
     if config.num_blocks is not None:
         _check_room(config.num_blocks, capacities, free_bytes)
         return config.num_blocks
-    shares = [KV_SHARE["cpu" if device == "cpu" else "cuda"] for device in devices]
+    shares = [KV_SHARE["cpu" if device == "cpu" else "cuda"] for _, device in devices]
     room = min(int(free * share) // c["bytes_per_block"] for c, free, share in zip(capacities, free_bytes, shares))
     blocks_per_sequence = -(-max_model_len // config.block_size)
     if room < blocks_per_sequence + 1:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import secrets
 import sys
 import time
@@ -19,13 +20,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...config import Deadlines, EngineConfig, ParallelConfig, RestartPolicy, SamplingParams
+from ...config import Deadlines, EngineConfig, NodesConfig, ParallelConfig, RestartPolicy, SamplingParams
 from ...errors import ClosedError, ConfigError, InternalError, LaunchError, RequestError, TransportError, WorkerError, ZspmdError
 from ...transport.batch import encode_batch_step
 from ..driver.group import WorkerGroup
-from ..driver.launching import OnLog, OnProgress, launch
+from ..driver.launching import Host, OnLog, OnProgress, launch
 from ..driver.pending import PendingReply
 from .checkpoint import open_checkpoint
 from .evidence import is_from_inside
@@ -38,6 +39,9 @@ from .scheduler import Scheduler
 from .statistics import SchedulerStatistics
 from .streams import Completion, RequestStream, build_stream
 
+if TYPE_CHECKING:
+    from ..launch.dial_place import DialPlace
+
 WORKER = "zspmd.workers.model_worker:ModelWorker"
 
 
@@ -48,8 +52,10 @@ class Engine:
         model: a Hugging Face directory, or "demo" for the small model that ships with zspmd.
         parallel: how the model is spread; the engine uses tp.
         config: slots, blocks, budgets and dtype.
-        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record, bind: as in ``zspmd.launch``.
+        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record, bind, hosts, nodes, launcher: as in
+            ``zspmd.launch``.
         restart: replace workers that fail, and go on with every request where its stream stopped; None ends the engine with the fault.
+            A node that is lost is left out from then on, so that hosts need slots to spare.
         on_restart: called with a line of text at each restart; None prints it to stderr.
 
     Raises:
@@ -71,9 +77,14 @@ class Engine:
         on_progress: OnProgress | None = None,
         record: str | Path | None = None,
         bind: str | None = None,
+        hosts: str | os.PathLike[str] | Sequence[str | Host] | None = None,
+        nodes: NodesConfig | None = None,
+        launcher: str | DialPlace = "agents",
         restart: RestartPolicy | None = None,
         on_restart: Callable[[str], None] | None = None,
     ) -> None:
+        if restart is not None and launcher != "agents":
+            raise ConfigError("restart is given, and processes that another launcher has started serve one launch: leave it out")
         if restart is not None and record is not None:
             raise ConfigError(f"record is {str(record)!r} and restart is given, but a recording holds one launch: leave one of them out")
         self.config = config or EngineConfig()
@@ -89,6 +100,9 @@ class Engine:
             "on_progress": on_progress,
             "record": record,
             "bind": bind,
+            "hosts": hosts,
+            "nodes": nodes,
+            "launcher": launcher,
         }
         self._streams: dict[str, RequestStream] = {}
         self._completions: dict[str, tuple[RequestStream, Completion]] = {}

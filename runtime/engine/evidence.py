@@ -2,7 +2,7 @@
 
 A process cannot be asked why it was killed. What its own code does to it (an exception, an exit, a signal that the processor's
 faults and ``abort`` raise) is evidence against what it was computing. SIGKILL and SIGTERM come from people, and from the kernel
-when memory runs out, which cannot be told apart; neither they nor the loss of an agent are held against anybody.
+when memory runs out, which cannot be told apart; neither they nor the loss of an agent, a node or a connection are held against anybody.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 
 from ...errors import WorkerExitedError, WorkerRaisedError, WorkerStalledError, ZspmdError
+from ...process import CONNECTION_LOST
 from ..driver.faults import is_peer_loss
 from ..driver.group import WorkerGroup
 
@@ -27,6 +28,8 @@ def is_from_inside(error: ZspmdError, group: WorkerGroup) -> bool:
     if isinstance(error, WorkerRaisedError):
         return not is_peer_loss(str(error.args[0]))
     if isinstance(error, WorkerExitedError):
+        if error.exit_code == CONNECTION_LOST:
+            return False
         return error.exit_code >= 0 or -error.exit_code in SIGNALS_FROM_INSIDE
     if isinstance(error, WorkerStalledError):
         ages = [rank.beat_age_s for rank in group.health() if rank.rank in error.missing]

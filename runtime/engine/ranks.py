@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...config import EngineConfig
-from ...errors import BackpressureError
+from ...errors import BackpressureError, NodeLostError, PreflightError, TopologyError, ZspmdError
 from ..driver.group import WorkerGroup
+from ..driver.launching import GroupConfig
 from ..driver.pending import PendingReply
 from .checkpoint import choose_num_blocks
 
@@ -18,7 +20,8 @@ class EngineRanks:
     """Starts ranks with a KV cache, replaces them after a fault, and ends them.
 
     Args:
-        group: the first, not started. Its successors have the same launch id, devices and log files, and an epoch of their own.
+        group: the first, not started. Its successors have the same launch id, devices and log files, and an epoch of their own. Over
+            several nodes they have its hosts, but for those that were lost or did not answer: spare slots take their place.
         on_failed: called when a group has failed, also while nobody awaits anything of it.
     """
 
@@ -26,6 +29,7 @@ class EngineRanks:
         self.group = group
         self._on_failed = on_failed
         self._num_blocks = 0
+        self._cause: ZspmdError | None = None  # why the ranks are replaced
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self, config: EngineConfig, max_model_len: int) -> int:
@@ -38,7 +42,9 @@ class EngineRanks:
         await self.group.start()
         try:
             capacities = await self.group.call("kv_capacity")
-            self._num_blocks = choose_num_blocks(capacities, self.group.config.devices, max_model_len, config)
+            hosts = self.group.plan.hosts  # one machine may be several nodes: each process that mpirun has started is one
+            devices = [(hosts.index(hosts[place.node_rank]), place.device) for place in self.group.plan.ranks]
+            self._num_blocks = choose_num_blocks(capacities, devices, max_model_len, config)
             await self._serve()
         except BaseException:
             await self.group.aclose(abort=True)
@@ -50,13 +56,22 @@ class EngineRanks:
 
         Raises:
             WorkerError, LaunchError, TransportError: it did not start; nothing of it is left, and this may be called again.
+            TopologyError: the hosts that are left have too few slots; its cause is the loss of the others.
 
         Cancellation: whatever was started is ended first.
         """
         await self._unwatch()
         await self.group.aclose(abort=True)
-        self.group = WorkerGroup(self.group.config)
-        await self.group.start()
+        self._cause = self.group.fault or self._cause
+        self.group = WorkerGroup(without_lost_hosts(self.group.config, self.group.fault))
+        try:
+            await self.group.start()
+        except PreflightError as error:
+            self._cause = error
+            self.group = WorkerGroup(without_lost_hosts(self.group.config, error))
+            raise
+        except TopologyError as error:
+            raise error from self._cause
         try:
             await self._serve()
         except BaseException:
@@ -98,3 +113,14 @@ class EngineRanks:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait([self._watcher])
+
+
+def without_lost_hosts(config: GroupConfig, fault: ZspmdError | None) -> GroupConfig:
+    """Return the settings without the hosts that a fault says are gone; as they are where no host would be left."""
+    lost: set[str] = set()
+    if isinstance(fault, NodeLostError):
+        lost = {fault.host}
+    elif isinstance(fault, PreflightError):
+        lost = {problem.host for problem in fault.problems if problem.check == "agent"}
+    left = tuple(host for host in config.hosts or () if host.name not in lost and host.target not in lost)
+    return replace(config, hosts=left) if left else config

@@ -31,6 +31,7 @@ from .agent_protocol import (
     AgentRecord,
     AgentStarted,
     AgentWarning,
+    DriverLost,
     DumpStacks,
     GuardGone,
     Hold,
@@ -46,6 +47,7 @@ from .agent_protocol import (
     Start,
     Stop,
 )
+from .node_duties import NodeDuties, with_own_environment
 from .rank_process import RankProcess
 from .rank_starting import Zygote, spawn_rank
 from .record_stream import RecordStream
@@ -63,17 +65,28 @@ _MIN_REAP_S = 2.0  # for what is killed at once, too
 class Agent:
     """Starts the ranks that its driver orders, reports what becomes of them, and ends them."""
 
-    def __init__(self, read_fd: int, write_fd: int, *, driver_pidfd: int, guard_pidfd: int, handover: socket.socket) -> None:
+    def __init__(
+        self,
+        read_fd: int,
+        write_fd: int,
+        *,
+        driver_pidfd: int,
+        guard_pidfd: int,
+        handover: socket.socket,
+        giver: socket.socket | None = None,
+    ) -> None:
         self._stream = RecordStream(read_fd, write_fd, self._on_record, self._on_end)
         self._driver_pidfd = driver_pidfd
         self._guard_pidfd = guard_pidfd
         self._handover = handover
+        self._duties = NodeDuties(self._stream.send, giver, self._lose_driver)
         self._is_driver_gone = False
-        self._is_guard_gone = False
+        self._is_mute = False  # the cause is told, and what follows from it is no news
         self._change = asyncio.Event()
         self._order: Start | None = None
         self._ranks: dict[int, RankProcess] = {}
         self._zygote: Zygote | None = None
+        self._log_dir: str | None = None
         self._kill_s = _DEFAULT_KILL_S
         # When the ranks get SIGTERM and SIGKILL, on the loop's clock.
         self._term_at = math.inf
@@ -101,12 +114,22 @@ class Agent:
             await self._supervise()
         finally:
             left = await self._end_all()
+            await self._duties.aclose()
             self._remove_run_directory()
-            self._stream.send(GuardGone() if self._is_guard_gone else AgentGone(tuple(sorted(left))))
-            await self._stream.wait_flushed(_FLUSH_S)
+            if not self._is_mute:
+                self._tell_dropped()
+                self._stream.send(AgentGone(tuple(sorted(left))))
+            await self._flush()
             with contextlib.suppress(ProcessLookupError):  # gone and reaped
                 signal.pidfd_send_signal(self._guard_pidfd, signal.SIGCONT)  # a stopped one would outlive all the others
             self._stream.close()
+
+    async def _flush(self) -> None:
+        """Wait until the driver has taken everything: over a slow link that takes long, and what it does not get is lost."""
+        idle_s = 0.0
+        while (pending := self._stream.pending_bytes) and not self._is_driver_gone and idle_s <= self._duties.patience_s:
+            if not await self._stream.wait_flushed(_FLUSH_S):
+                idle_s = 0.0 if self._stream.pending_bytes < pending else idle_s + _FLUSH_S
 
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
@@ -147,7 +170,9 @@ class Agent:
 
     async def _start_ranks(self, order: Start) -> None:
         try:
-            _make_log_dir(order.log_dir)
+            self._log_dir = order.log_dir
+            self._make_log_dir(order)
+            self._duties.starting(order)
             if order.start_method == "fork":
                 self._zygote = Zygote(order)
                 await self._zygote.open()
@@ -162,9 +187,7 @@ class Agent:
             self._kill_at = 0.0
 
     async def _start_rank(self, order: Start, start: RankStart) -> None:
-        error_file = start.environment.get("TORCHELASTIC_ERROR_FILE")
-        rank = self._ranks[start.rank] = RankProcess(start.rank, order.log_dir, self._report, self._change.set, error_file)
-        write_fds = rank.open()
+        rank, write_fds = self._open_rank(order, start)
         try:
             if self._zygote is not None:
                 pid = await self._zygote.fork_rank(start, *write_fds)
@@ -176,11 +199,35 @@ class Agent:
         self._stream.send(RankStarted(start.rank, pid))
         rank.watch(pid)
 
+    def _open_rank(self, order: Start, start: RankStart) -> tuple[RankProcess, tuple[int, int, int]]:
+        error_file = start.environment.get("TORCHELASTIC_ERROR_FILE")
+        rank = self._ranks[start.rank] = RankProcess(start.rank, self._log_dir, self._report, self._change.set, error_file)
+        try:
+            return rank, rank.open()
+        except OSError as error:
+            self._leave_logs(order, error)
+        return self._open_rank(order, start)
+
+    def _make_log_dir(self, order: Start) -> None:
+        try:
+            if self._log_dir is not None:
+                Path(self._log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._leave_logs(order, error)
+
+    def _leave_logs(self, order: Start, error: OSError) -> None:
+        """Go on without log files on another node, whose homes and disks need not be the driver's; on that, raise the error."""
+        if self._log_dir is None or error.filename is None or not order.has_own_environment:
+            raise error
+        self._log_dir = None
+        self._stream.send(AgentWarning(f"no log files are kept on {os.uname().nodename}: {error}; --log-dir says where they can be"))
+
     # --- what arrives ---
 
     def _on_record(self, record: AgentRecord) -> None:
+        self._duties.heard()
         if isinstance(record, Start) and self._order is None:
-            self._order = record
+            self._order = with_own_environment(record)
             self._kill_s = record.kill_s
         elif isinstance(record, Stop):
             self._stop(record.grace_s, record.kill_s)
@@ -194,27 +241,34 @@ class Agent:
             dump = asyncio.get_running_loop().create_task(self._dump_stacks(record.request))
             self._dumps.add(dump)
             dump.add_done_callback(self._dumps.discard)
-        else:
+        elif not self._duties.take(record):
             self._stream.send(AgentWarning(f"the order {type(record).__name__} was not expected and is ignored"))
         self._change.set()
+
+    def _lose_driver(self, reason: str) -> None:
+        self._stream.send(DriverLost(reason))
+        self._is_mute = True
+        self._on_end(None)
+        print(f"zspmd agent: {reason}", file=sys.stderr)  # last: whoever reads it may be gone
 
     def _on_driver_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._driver_pidfd)
         self._on_end(None)
 
     def _on_guard_end(self) -> None:
-        """End everything and report none of it: the guard's end is the cause."""
+        """Say so at once, since what carries the stream may end with the guard; end everything, and report none of that."""
         asyncio.get_running_loop().remove_reader(self._guard_pidfd)
-        self._is_guard_gone = True
+        self._stream.send(GuardGone())
+        self._is_mute = True
         self._kill_at = 0.0
         self._change.set()
 
     def _on_end(self, error: BadFrameError | None) -> None:
-        if error is not None:
-            print(f"zspmd agent: the driver broke the protocol: {error}", file=sys.stderr)
         self._is_driver_gone = True
         self._kill_at = 0.0
         self._change.set()
+        if error is not None:
+            print(f"zspmd agent: the driver broke the protocol: {error}", file=sys.stderr)  # last, as above
 
     def _stop(self, grace_s: float, kill_s: float) -> None:
         now = asyncio.get_running_loop().time()
@@ -228,19 +282,24 @@ class Agent:
 
     def _report(self, record: RankLog | RankExited | AgentWarning) -> None:
         """Send a record; log lines only while the driver keeps up, or ranks are made to wait for it."""
-        if self._is_guard_gone:
+        if self._is_mute:
             return
         if isinstance(record, RankLog):
             if self._is_behind() and self._order is not None and self._order.log_policy == "wait":
                 self._pace()
-            elif self._is_behind():
+            elif self._is_behind() or (self._num_lines_dropped and self._stream.pending_bytes > _MAX_PENDING_LOG_BYTES // 2):
                 self._num_lines_dropped += len(record.lines)
                 return
-            if self._num_lines_dropped:
-                text = f"{self._num_lines_dropped} log lines are not shown, since they were read too slowly; log files are complete"
-                self._num_lines_dropped = 0
-                self._stream.send(AgentWarning(text))
+            self._tell_dropped()
         self._stream.send(record)
+
+    def _tell_dropped(self) -> None:
+        """Say how many lines the driver did not get; once in half a buffer, or that would be what fills it."""
+        if self._num_lines_dropped:
+            where = "; log files are complete" if self._log_dir is not None else ""
+            text = f"{self._num_lines_dropped} log lines from {os.uname().nodename} are not shown, since they were read too slowly{where}"
+            self._num_lines_dropped = 0
+            self._stream.send(AgentWarning(text))
 
     def _is_behind(self) -> bool:
         return self._stream.pending_bytes > _MAX_PENDING_LOG_BYTES
@@ -314,15 +373,11 @@ class Agent:
         return child_pids()
 
 
-def _make_log_dir(path: str | None) -> None:
-    if path is not None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-
-
-def serve(driver_pidfd: int, guard_pidfd: int, handover: socket.socket) -> None:
+def serve(driver_pidfd: int, guard_pidfd: int, handover: socket.socket, giver: socket.socket | None = None) -> None:
     """Run the agent on standard input and output, until it has nothing left to supervise or either of the two processes ends.
 
-    ``handover`` is the packet socket in which ``RunDirectory.hand_over`` leaves the directory of the launch.
+    ``handover`` is the packet socket in which ``RunDirectory.hand_over`` leaves the directory of the launch, ``giver`` its other end
+    where the agent makes the directory.
     """
     name_process("zspmd-agent")
     # The channel moves away from 0 and 1, so that nothing that prints can write into it.
@@ -333,6 +388,6 @@ def serve(driver_pidfd: int, guard_pidfd: int, handover: socket.socket) -> None:
     os.dup2(2, 1)
 
     async def run() -> None:
-        await Agent(read_fd, write_fd, driver_pidfd=driver_pidfd, guard_pidfd=guard_pidfd, handover=handover).run()
+        await Agent(read_fd, write_fd, driver_pidfd=driver_pidfd, guard_pidfd=guard_pidfd, handover=handover, giver=giver).run()
 
     asyncio.run(run())

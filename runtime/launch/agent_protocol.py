@@ -1,10 +1,13 @@
 """What driver and agent tell each other: typed records, each behind its length.
 
-driver -> agent   Start (first, once), Hold, Release, Signal, DumpStacks, Stop
+driver -> agent   Start (once), Hold, Release, Signal, DumpStacks, Stop
 agent -> driver   AgentStarted (first), RankStarted, RankLog, RankExited, RankStack, StacksDone, AgentWarning, LaunchFailed,
-                  AgentGone or GuardGone (last)
+                  AgentGone, GuardGone or DriverLost (last)
 
-on the wire: u32 little-endian length, then the record as ``transport.schema`` packs it
+what only passes between nodes is in ``node_records``
+
+on the wire: u32 little-endian length, then the record as ``transport.schema`` packs it. From another node a line of text comes first,
+``guard.GREETING``, since a login may print whatever it likes before.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...errors import BadFrameError
-from ...transport.schema import Record, blob, many, mapping, number, pack_record, read_record, text, whole
+from ...transport.schema import Record, blob, flag, many, mapping, number, pack_record, read_record, text, whole
 
 _LENGTH = struct.Struct("<I")
 MAX_RECORD_BYTES = 32 << 20
@@ -30,6 +33,7 @@ _MAX_ARGUMENTS = 1 << 20  # more than the kernel takes
 _MAX_PID = 1 << 22
 _MAX_SECONDS = 1e6
 _MAX_REQUEST = (1 << 53) - 1
+_MAX_NS = (1 << 63) - 1
 
 
 class AgentRecord(Record, max_bytes=MAX_RECORD_BYTES):
@@ -43,6 +47,17 @@ class RankStart(AgentRecord):
     rank: int = whole(MAX_RANKS - 1)
     environment: dict[str, str] = mapping()
     bootstrap: bytes = blob(MAX_RECORD_BYTES, default=b"")
+
+
+@dataclass(frozen=True)
+class RelayOrder(AgentRecord):
+    """Take each step from the driver's ``upstream`` endpoint by these keys, and publish it again at ``endpoint``, within the node."""
+
+    upstream: str = text(_MAX_TEXT)
+    endpoint: str = text(_MAX_TEXT)
+    public_key: bytes = blob(40, repr=False)
+    secret_key: bytes = blob(40, repr=False)
+    server_key: bytes = blob(40, repr=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,8 @@ class Start(AgentRecord):
         log_dir: where to append each rank's raw output to r00003.out and .err; None for nowhere.
         log_policy: what becomes of lines when the driver does not read: "drop" counts them, "wait" has ranks wait as at any full pipe.
         kill_s: from SIGKILL until a process must be gone, where no Stop says otherwise.
+        has_own_environment: whether ranks get this node's environment too, where ``RankStart`` sets no value of its own.
+        relay: one, where the agent is to take each step for all ranks of its node.
     """
 
     ranks: tuple[RankStart, ...] = many(RankStart, MAX_RANKS)
@@ -72,6 +89,8 @@ class Start(AgentRecord):
     log_dir: str | None = text(_MAX_TEXT, is_optional=True, default=None)
     log_policy: str = text(16, choices=LOG_POLICIES, default="drop")
     kill_s: float = number(0, _MAX_SECONDS, default=2.0)
+    has_own_environment: bool = flag(default=False)
+    relay: tuple[RelayOrder, ...] = many(RelayOrder, 1, default=())
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,8 @@ class RankExited(AgentRecord):
         exit_code: negative for a signal.
         log_tail: its last lines.
         error_report: what it wrote to the file that TORCHELASTIC_ERROR_FILE names, if it did.
+        ended_ns: when its agent saw the end, on the monotonic clock of the agent's node; as an event, on the driver's. 0 for never.
+        was_signalled: the agent had sent it a signal before. Clocks of two nodes do not tell that.
     """
 
     rank: int = whole(MAX_RANKS - 1)
@@ -152,6 +173,8 @@ class RankExited(AgentRecord):
     exit_code: int = whole(255, -64)
     log_tail: tuple[str, ...] = many(str, _MAX_ITEMS)
     error_report: str = text(MAX_ERROR_REPORT_BYTES, default="")
+    ended_ns: int = whole(_MAX_NS, default=0)
+    was_signalled: bool = flag(default=False)
 
 
 @dataclass(frozen=True)
@@ -194,6 +217,13 @@ class AgentGone(AgentRecord):
 @dataclass(frozen=True)
 class GuardGone(AgentRecord):
     """The agent's guard has ended before it, so the agent ends everything, and reports no more."""
+
+
+@dataclass(frozen=True)
+class DriverLost(AgentRecord):
+    """The agent has heard nothing of its driver for the lease, so it ends everything, and reports no more. Read by one that was stopped."""
+
+    reason: str = text(_MAX_TEXT)
 
 
 def encode_record(record: AgentRecord) -> bytes:

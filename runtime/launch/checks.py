@@ -1,7 +1,4 @@
-"""What a launch needs of this machine, one function a check; ``zspmd-run doctor`` runs them all.
-
-A check is "ok", "warn" (a launch works, something that people do with it may not) or "FAIL" (no launch works).
-"""
+"""What a launch needs of this machine, one function a check; ``zspmd-run doctor`` runs them all, here or through a node's agent."""
 
 from __future__ import annotations
 
@@ -12,21 +9,23 @@ import re
 import resource
 import shutil
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zmq
 
 from ...errors import ConfigError, LaunchError
+from .cgroup_limits import cgroup_cores, cgroup_limit
+from .check_records import FAIL, OK, WARN, Check, MachineChecks
 from .devices import available_cores, num_cuda_devices
 from .launch_id import generate_launch_id
+from .leftovers import find_leftovers
 from .ports import FIRST_PORT, LAST_PORT, reserve_port
 from .resources import KERNEL_ADVICE, check_resources, missing_facilities
 from .run_directory import RunDirectory, remove_dead_directories
 
-OK, WARN, FAIL = "ok", "warn", "FAIL"
 MIN_PYTHON = (3, 10)
 _MIN_FILES = 4096
 _MIN_PROCESSES = 4096
@@ -34,16 +33,10 @@ _MIN_SHARED_BYTES = 256 << 20
 _MIN_TEMPORARY_BYTES = 64 << 20
 _MIN_MEMORY_BYTES = 1 << 30
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Check:
-    """The outcome of one check; ``advice`` says what to mend, and is empty where nothing is to be."""
-
-    name: str
-    status: str
-    text: str
-    advice: str = ""
+_SMI_S = 10.0
+_SMI = ("nvidia-smi", "--query-compute-apps=pid,process_name,used_gpu_memory", "--format=csv,noheader")
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+_MAX_SHOWN = 8
 
 
 def check_python() -> Check:
@@ -87,7 +80,7 @@ def check_zmq() -> Check:
     if zmq.zmq_version_info() < (4, 2) or not zmq.has("ipc"):
         return Check("zmq", FAIL, text, "needs libzmq 4.2 or newer with ipc: pip install --upgrade pyzmq")
     if not zmq.has("curve"):
-        return Check("zmq", WARN, f"{text}, without CURVE", "one node needs none; encryption between nodes will need pyzmq's own wheels")
+        return Check("zmq", WARN, f"{text}, without CURVE", "one node needs none; launches over several do: install pyzmq's own wheels")
     return Check("zmq", OK, f"{text}, with CURVE")
 
 
@@ -101,6 +94,8 @@ def check_devices() -> Check:
     """GPUs, as far as their files tell; torch's view is checked apart."""
     count, visible = num_cuda_devices(), os.environ.get("CUDA_VISIBLE_DEVICES")
     text = f"{count} CUDA devices" + ("" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}")
+    if driver := _driver_version():
+        text += f", driver {driver}"
     if shutil.which("nvidia-smi") and not count and visible is None:
         return Check(
             "devices",
@@ -111,17 +106,34 @@ def check_devices() -> Check:
     return Check("devices", OK, text if count else f"{text}: ranks compute on the CPU")
 
 
+def check_device_use() -> Check:
+    """Programs of anybody that compute on the GPUs."""
+    if not num_cuda_devices() or not shutil.which(_SMI[0]):
+        return Check("device use", OK, "no GPUs, or no nvidia-smi to tell")
+    try:
+        told = subprocess.run(_SMI, capture_output=True, text=True, timeout=_SMI_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check("device use", WARN, f"nvidia-smi fails: {error}", "run it: the driver hangs, or differs from its library")
+    users = [" ".join(line.replace(",", "").split()) for line in told.splitlines() if line.strip()]
+    if users:
+        return Check("device use", WARN, _some(users), "they take memory and time of ranks: end them, or choose other devices")
+    return Check("device use", OK, "nobody computes on them")
+
+
 def check_limits() -> Check:
     """Limits of this user's processes, and what they leave for a launch."""
     files, processes = resource.getrlimit(resource.RLIMIT_NOFILE)[0], resource.getrlimit(resource.RLIMIT_NPROC)[0]
     core, locked = resource.getrlimit(resource.RLIMIT_CORE)[0], resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     text = f"files {_limit(files)}, processes {_limit(processes)}, locked memory {_limit(locked)}, core {_limit(core)}"
+    pids = cgroup_limit("pids.max")
+    text += "" if pids is None else f", this cgroup may have {pids} processes and threads"
     try:
         check_resources(1)
     except (ConfigError, LaunchError) as error:
         return Check("limits", FAIL, text, str(error))
     low = [f"ulimit -n {_MIN_FILES}"] if _is_below(files, _MIN_FILES) else []
     low += [f"ulimit -u {_MIN_PROCESSES}"] if _is_below(processes, _MIN_PROCESSES) else []
+    low += ["a higher limit of pids for the container or session"] if pids is not None and pids < _MIN_PROCESSES else []
     return Check("limits", WARN, text, f"many ranks may not fit: {' and '.join(low)}") if low else Check("limits", OK, text)
 
 
@@ -183,6 +195,8 @@ def check_cores() -> Check:
     """Processor cores and threads."""
     cores, present = available_cores(), os.cpu_count() or 1
     text = f"{cores} usable of {present}"
+    if (allowed := cgroup_cores()) is not None:
+        text += f", this cgroup may use the time of {allowed:g}"
     if threads := os.environ.get("OMP_NUM_THREADS"):
         text += f", OMP_NUM_THREADS={threads} is set and passed on to every rank"
     return Check("cores", OK, text)
@@ -192,11 +206,10 @@ def check_memory() -> Check:
     """Main memory, and the limit of the cgroup."""
     match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     available = int(match[1]) * 1024 if match else 0
-    limit = Path("/sys/fs/cgroup/memory.max")
     text = f"{available / _GIB:.1f} GiB available"
-    if limit.is_file() and (allowed := limit.read_text().strip()) != "max":
-        available = min(available, int(allowed))
-        text += f", this cgroup may use {int(allowed) / _GIB:.1f} GiB"
+    if (allowed := cgroup_limit("memory.max")) is not None:
+        available = min(available, allowed)
+        text += f", this cgroup may use {allowed / _GIB:.1f} GiB"
     if available < _MIN_MEMORY_BYTES:
         return Check("memory", WARN, text, "ranks that exceed it are killed (SIGKILL): raise the limit, or start fewer")
     return Check("memory", OK, text)
@@ -212,12 +225,22 @@ def check_host() -> Check:
     return Check("host", OK, f"{name}, {address}")
 
 
+def check_leftovers() -> Check:
+    """Processes of this user whose launch has ended without them."""
+    left = find_leftovers()
+    if not left:
+        return Check("leftovers", OK, "no process of a launch without its agent")
+    text = f"no agent above {_some([f'pid {one.pid} of launch {one.launch_id} ({one.command})' for one in left])}"
+    return Check("leftovers", WARN, text, f"if their launch has ended: kill -9 {' '.join(str(one.pid) for one in left)}")
+
+
 MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
     check_python,
     check_packages,
     check_zmq,
     check_kernel,
     check_devices,
+    check_device_use,
     check_cores,
     check_memory,
     check_limits,
@@ -225,7 +248,26 @@ MACHINE_CHECKS: tuple[Callable[[], Check], ...] = (
     check_run_directory,
     check_ports,
     check_host,
+    check_leftovers,
 )
+
+
+def check_machine() -> MachineChecks:
+    """Return what all of them say."""
+    return MachineChecks(tuple(check() for check in MACHINE_CHECKS))
+
+
+def _driver_version() -> str:
+    """Return the version of the NVIDIA driver that the kernel has loaded, or nothing."""
+    try:
+        match = re.search(r"Module.*?\s(\d+(?:\.\d+)+)", _DRIVER_VERSION.read_text())
+    except OSError:
+        return ""
+    return match[1] if match else ""
+
+
+def _some(entries: Sequence[str]) -> str:
+    return "; ".join(entries[:_MAX_SHOWN]) + (f" and {len(entries) - _MAX_SHOWN} more" if len(entries) > _MAX_SHOWN else "")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

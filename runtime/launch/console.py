@@ -7,21 +7,43 @@ stdout holds nothing but a program's own output.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from .log_directory import LauncherLog
+from .rank_prefixes import rank_prefixes
+from .shown_streams import ShownStreams
 
 
 class RankConsole:
     """Shows rank lines and set-up progress of one launch; a context manager, ``finish_loading`` removes the bars earlier.
 
     ``on_log`` and ``on_progress`` fit the arguments of those names of ``zspmd.launch``.
+
+    Args:
+        hosts: names by rank, where the ranks are on several nodes and it is known which is where.
+        shown: whose lines are shown.
+        launcher_log: a file for the launcher's own lines.
     """
 
-    def __init__(self, world_size: int, *, is_quiet: bool = False) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        is_quiet: bool = False,
+        hosts: Sequence[str] = (),
+        has_prefix: bool = True,
+        shown: ShownStreams | None = None,
+        launcher_log: str | None = None,
+    ) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False)
+        self._prefixes = rank_prefixes(world_size, hosts) if has_prefix else [""] * world_size
         self._width = len(str(world_size - 1))
+        self._hidden = (shown or ShownStreams()).hidden(world_size)
+        self._log = LauncherLog(launcher_log, lambda text: self._print(f"[zspmd] {text}"))
         self._is_quiet = is_quiet
         self._bars: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
@@ -37,8 +59,9 @@ class RankConsole:
         self.finish_loading()
 
     def on_log(self, rank: int, stream: str, line: str) -> None:
-        """Print one line of a rank behind ``[rank N]``."""
-        self._print(f"[rank {rank:>{self._width}}] {line}")
+        """Print one line of a rank behind ``[rank N]``, or ``[N@HOST]``."""
+        if (rank, stream) not in self._hidden:
+            self._print(f"{self._prefixes[rank]}{line}")
 
     def on_progress(self, rank: int, done: int, total: int, what: str) -> None:
         """Move a rank's bar, or say in a line that it is done."""
@@ -56,6 +79,7 @@ class RankConsole:
         """Print a line of the launcher's own."""
         if not self._is_quiet:
             self._print(f"[zspmd] {text}")
+        self._log.write(text)
 
     def finish_loading(self) -> None:
         """Remove the bars; idempotent."""

@@ -8,11 +8,16 @@ anything; until it has forked, the guard is both. The guard is the subreaper abo
 own when the agent ends. An agent that is there still some seconds after the driver's end (stopped, say) is killed. The guard
 imports little and reads nothing, so that there is little that could end it.
 
+On another node, where ``--stdio`` stands for the driver, whatever started the guard there (sshd, say) is in the driver's place: the
+stream ends when it ends. A line of text comes first on standard output, by which the driver tells it from what a login prints, with a
+newline in front of it, since that may have ended without one.
+
 SIGTERM, SIGHUP and SIGQUIT are passed on to the agent; ``KILL_AGENT`` has the agent killed, and the guard do the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import resource
@@ -21,10 +26,15 @@ import socket
 import sys
 import time
 
+from ... import __version__
+from ...errors import describe_exit
 from ...process import become_subreaper, end_children, name_process
 from .run_directory import RunDirectory, remove_dead_directories
 
+GUARD_NAME = "zspmd-guard"  # as its process is called
 KILL_AGENT = signal.SIGUSR1
+# Then the version, a space, the pid of the guard, and a newline.
+GREETING = b"ZSPMD/1 "
 _PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _AWAITED = (signal.SIGCHLD, KILL_AGENT, *_PASSED_ON)
 _REAP_S = 2.0
@@ -36,10 +46,16 @@ _ALONE_S = 1.5
 def main() -> None:
     """Fork the agent and wait for its end: ``guard DRIVER_PID HANDOVER_FD``, with the driver's stream on standard input and output.
 
-    HANDOVER_FD is the end of a packet socket in which ``RunDirectory.hand_over`` leaves the directory of the launch.
+    HANDOVER_FD is the end of a packet socket in which ``RunDirectory.hand_over`` leaves the directory of the launch. ``guard --stdio``
+    is called on another node.
     """
-    driver_pid, handover = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
-    handover.set_inheritable(False)
+    giver: socket.socket | None = None
+    if sys.argv[1:] == ["--stdio"]:
+        driver_pid = os.getppid()
+        giver, handover = _greet()
+    else:
+        driver_pid, handover = int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))
+        handover.set_inheritable(False)
     become_subreaper()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a driver that ignores it would have the kernel reap our children
@@ -53,18 +69,30 @@ def main() -> None:
         from .agent import serve  # what it imports is no burden to the guard
 
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        serve(driver_pidfd, guard_pidfd, handover)
+        serve(driver_pidfd, guard_pidfd, handover, giver)
         sys.stderr.flush()
         os._exit(0)  # the driver waits, and all is closed: tidying up would take some milliseconds more
-    name_process("zspmd-guard")
+    name_process(GUARD_NAME)
     _leave_streams()
+    if giver is not None:
+        giver.close()
     for pidfd in (driver_pidfd, guard_pidfd):
         os.close(pidfd)
     exit_code = os.waitstatus_to_exitcode(_wait_ended(agent_pid, driver_pid))
+    if giver is not None and exit_code < 0:  # what carries the stream of another node tells its driver no more than that it ended
+        _say(f"the agent of this node, pid {agent_pid}, {describe_exit(exit_code)}")
     if left := end_children(_REAP_S):
-        print(f"zspmd: pids {', '.join(map(str, left))} did not end even after SIGKILL; see their state in /proc", file=sys.stderr)
+        _say(f"pids {', '.join(map(str, left))} did not end even after SIGKILL; see their state in /proc")
     _clean_up(handover, driver_pid)
     _end_likewise(exit_code)
+
+
+def _greet() -> tuple[socket.socket, socket.socket]:
+    """Say that this is an agent, and return both ends of a handover, since the agent makes the directory itself."""
+    if os.getsid(0) != os.getpid():
+        os.setsid()  # sshd has done it
+    os.write(1, b"\n" + GREETING + f"{__version__} {os.getpid()}\n".encode())
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def _open_driver(pid: int) -> int | None:
@@ -110,7 +138,12 @@ def _clean_up(handover: socket.socket, driver_pid: int) -> None:
         if os.getppid() != driver_pid:
             remove_dead_directories()
     except OSError as error:
-        print(f"zspmd: the run directory could not be removed: {error}", file=sys.stderr)
+        _say(f"the run directory could not be removed: {error}")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read it may be gone, and what is left to do is worth more
+        print(f"zspmd: {text}", file=sys.stderr, flush=True)
 
 
 def _end_likewise(exit_code: int) -> None:

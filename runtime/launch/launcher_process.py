@@ -14,6 +14,8 @@ from ...process import become_subreaper, end_children, has_children
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ORPHANS_S = 2.0
+# Of this process, for the records of its launches: an Engine does not know who has made it.
+_KIND = {"this": "embedded"}
 
 
 def open_standard_streams() -> None:
@@ -24,6 +26,16 @@ def open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+
+
+def run_as_launcher() -> None:
+    """Say that this process is ``zspmd-run``, which ends its launches in order at SIGTERM."""
+    _KIND["this"] = "program"
+
+
+def launcher_kind() -> str:
+    """Return "program" in ``zspmd-run``, and "embedded" in a program that is somebody's own."""
+    return _KIND["this"]
 
 
 def is_output_closed() -> bool:

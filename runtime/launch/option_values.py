@@ -13,70 +13,32 @@ from ...config import MAX_DEADLINE_S
 from ...errors import ConfigError, TopologyError
 from .agent_protocol import MAX_RANKS
 from .devices import available_cores, num_cuda_devices
-from .plan import FACT_NAMES
 
-OUT, ERR = 1, 2  # the bits of torchrun's --redirects and --tee
+MAX_TAIL = 40  # what an agent keeps
 
 
-def read_num_ranks(text: str | None) -> int | None:
-    """Return the number of ranks that --nproc-per-node names; None where it was not given."""
+def read_num_ranks(option: str, text: str | None) -> int | None:
+    """Return the number of ranks that -n or --nproc-per-node names for this machine; None where it was not given."""
     if text is None:
         return None
     if text in ("gpu", "auto") and (count := num_cuda_devices()):
         return count
     if text == "gpu":
-        raise TopologyError("--nproc-per-node gpu: this node shows no CUDA device; check CUDA_VISIBLE_DEVICES, or give a number")
+        raise TopologyError(f"{option} gpu: this node shows no CUDA device; check CUDA_VISIBLE_DEVICES, or give a number")
     if text in ("cpu", "auto"):
         return available_cores()
+    return read_count(option, text)
+
+
+def read_count(option: str, text: str) -> int:
+    """Return the number that ``text`` is, for ranks."""
     try:
         number = int(text)
     except ValueError:
-        raise TopologyError(f"--nproc-per-node is {text!r}; give a number, gpu, cpu or auto") from None
+        raise TopologyError(f"{option} is {text!r}; give a number, gpu, cpu or auto") from None
     if not 1 <= number <= MAX_RANKS:
-        raise TopologyError(f"--nproc-per-node is {number}; it must be at least 1 and at most {MAX_RANKS}")
+        raise TopologyError(f"{option} is {number}; it must be at least 1 and at most {MAX_RANKS}")
     return number
-
-
-def read_variables(entries: Sequence[str]) -> dict[str, str]:
-    """Return the variables that the entries of --env, NAME=VALUE or NAME, set."""
-    variables = {}
-    for entry in entries:
-        name, has_value, value = entry.partition("=")
-        if not name:
-            raise ConfigError(f"--env {entry!r} names no variable; write NAME=VALUE, or NAME to copy its value")
-        if name in FACT_NAMES or name.startswith("TORCHELASTIC_"):
-            raise ConfigError(f"--env {name}: the launch itself sets this variable in every rank")
-        if not has_value and name not in os.environ:
-            raise ConfigError(f"--env {name}: it is not set here, so that there is nothing to copy; write {name}=VALUE")
-        variables[name] = value if has_value else os.environ[name]
-    return variables
-
-
-def read_stream_bits(option: str, text: str | None, world_size: int) -> list[int]:
-    """Read torchrun's notation, "3" for all ranks or "0:1,1:3" for some; returns the bits by rank."""
-    try:
-        if text is None or text.isdecimal():
-            places = dict.fromkeys(range(world_size), int(text or 0))
-        else:
-            places = {int(rank): int(bits) for rank, _, bits in (entry.partition(":") for entry in text.split(","))}
-    except ValueError:
-        raise ConfigError(f"{option} is {text!r}; write 0, 1, 2 or 3, or pairs such as 0:1,1:3") from None
-    for rank, bits in places.items():
-        if not 0 <= rank < world_size:
-            raise ConfigError(f"{option} is {text!r}; rank {rank} is outside the world of {world_size}")
-        if not 0 <= bits <= (OUT | ERR):
-            raise ConfigError(f"{option} is {text!r}; streams are 0 none, 1 stdout, 2 stderr, 3 both")
-    return [places.get(rank, 0) for rank in range(world_size)]
-
-
-def read_shown_ranks(text: str | None, world_size: int) -> set[int]:
-    """Return the ranks that --local-ranks-filter lists; all where it was not given."""
-    if text is None:
-        return set(range(world_size))
-    entries = text.split(",")
-    if not all(entry.isdecimal() and int(entry) < world_size for entry in entries):
-        raise ConfigError(f"--local-ranks-filter is {text!r}; list ranks from 0 to {world_size - 1}, such as 0,1")
-    return set(map(int, entries))
 
 
 def read_address(name: str) -> str:
@@ -86,7 +48,7 @@ def read_address(name: str) -> str:
             raise OSError("an empty name")
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ConfigError(f"--master-addr {name!r} has no address: {error}; give an IP address of this machine") from error
+        raise ConfigError(f"--master-addr {name!r} has no address: {error}; give an IP address of node 0") from error
     return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
 
 
@@ -104,6 +66,13 @@ def read_seconds(option: str, value: float | None, default: float) -> float:
     if not 0 <= value <= MAX_DEADLINE_S:
         raise ConfigError(f"{option} is {value!r} s; it must be from 0 to {MAX_DEADLINE_S:g}")
     return value
+
+
+def read_tail(number: int) -> int:
+    """Return how many lines to show of a rank that has failed."""
+    if not 0 <= number <= MAX_TAIL:
+        raise ConfigError(f"--tail is {number}; it must be from 0 to {MAX_TAIL}, all of which are in the log files")
+    return number
 
 
 def read_argv(command: Sequence[str], *, is_module: bool, is_command: bool) -> tuple[str, ...]:

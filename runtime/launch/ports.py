@@ -6,6 +6,9 @@ probe is the bind itself, so that there is no moment between looking and taking.
 The holder binds *without* SO_REUSEADDR, which excludes every other bind to the port, then sets SO_REUSEADDR on the bound socket
 and never listens. From then on a server that sets SO_REUSEADDR (torch's TCPStore, libzmq, nearly all) can bind and listen on the
 port as if it were free, while other launches, which probe without it, cannot. The port stays ours when that server dies.
+
+It is held for all addresses of the machine, since torch's TCPStore listens on all of them: two launches that held one port each at an
+address of their own, one of them over nodes, would have rank 0 of the second fail.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from ...errors import ConfigError, EndpointInUseError
+from .port_holders import describe_holder
 
 # Below the ephemeral range of Linux (32768), the NodePorts of Kubernetes (30000) and the 29500 that torch programs default to.
 FIRST_PORT = 20_000
@@ -59,9 +63,10 @@ def reserve_port(launch_id: str, purpose: str, host: str = "127.0.0.1") -> Reser
         EndpointInUseError: every port of the range is taken.
     """
     first = first_candidate(launch_id, purpose) - FIRST_PORT
+    _check_address(host)
     for offset in range(_NUM_PORTS):
         port = FIRST_PORT + (first + offset) % _NUM_PORTS
-        holder = _hold(host, port)
+        holder = _hold(port)
         if holder is not None:
             return ReservedPort(host, port, holder)
     raise EndpointInUseError(f"all ports from {FIRST_PORT} to {LAST_PORT} of {host} are taken; end other launches on this machine")
@@ -74,22 +79,33 @@ def hold_port(host: str, port: int) -> ReservedPort:
         ConfigError: ``host`` is no address of this machine.
         EndpointInUseError: somebody has the port.
     """
-    holder = _hold(host, port)
+    _check_address(host)
+    holder = _hold(port)
     if holder is None:
-        raise EndpointInUseError(
-            f"port {port} of {host} is taken or privileged ('ss -ltnp' may show by whom); choose another, or none to be given a free one"
-        )
+        who = describe_holder(port)
+        raise EndpointInUseError(f"port {port} of {host} is taken by {who}; choose another, or none to be given a free one")
     return ReservedPort(host, port, holder)
 
 
-def _hold(host: str, port: int) -> socket.socket | None:
-    holder = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+def _check_address(host: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise ConfigError(f"cannot bind {host!r}: {error}; give an IP address of this machine") from error
+
+
+def _hold(port: int) -> socket.socket | None:
+    has_both = socket.has_dualstack_ipv6()
+    holder = socket.socket(socket.AF_INET6 if has_both else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        holder.bind((host, port))
+        if has_both:
+            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        holder.bind(("::" if has_both else "0.0.0.0", port))
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     except OSError as error:
         holder.close()
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             return None
-        raise ConfigError(f"cannot bind {host!r}: {error}; give an IP address of this machine") from error
+        raise
     return holder

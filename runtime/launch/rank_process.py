@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import describe_exit
+from ...process import STACKS_SIGNAL
 from .agent_protocol import MAX_ERROR_REPORT_BYTES, AgentWarning, RankExited, RankLog
 from .line_splitter import LineSplitter
 from .rank_stacks import RankStacks
@@ -22,6 +24,8 @@ _MAX_DRAIN_BYTES = 4 << 20
 # How often the state of a line that is overwritten, such as a progress bar, is told.
 _PROGRESS_S = 1.0
 _TRACED_S = 0.05
+# Signals that end nobody who does not ask for it: for stacks, and to go on.
+_NO_END = frozenset((STACKS_SIGNAL, signal.SIGCONT))
 
 Report = Callable[[RankLog | RankExited | AgentWarning], None]
 
@@ -132,6 +136,7 @@ class RankProcess:
         self.rank = rank
         self.pid = 0
         self.exit_code: int | None = None
+        self._was_signalled = False
         self._report = report
         self._on_exit = on_exit
         self._error_file = error_file
@@ -176,6 +181,7 @@ class RankProcess:
     def signal(self, number: int) -> None:
         """Send a signal to the rank's process alone; nothing happens when it has ended, or runs as another user (``sudo``)."""
         if self.is_running:
+            self._was_signalled |= number not in _NO_END
             with contextlib.suppress(PermissionError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
@@ -185,6 +191,7 @@ class RankProcess:
         The pid of a rank that is not reaped cannot name anything else, so this never hits a stranger.
         """
         if self.is_running:
+            self._was_signalled |= number not in _NO_END
             with contextlib.suppress(PermissionError):
                 os.killpg(self.pid, number)
 
@@ -201,6 +208,7 @@ class RankProcess:
     def _reap(self) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._pidfd)
+        ended_ns = time.monotonic_ns()
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:  # a debugger has it, and must see its end first
             loop.call_later(_TRACED_S, self._reap)
@@ -210,7 +218,8 @@ class RankProcess:
         for output in self._outputs:
             output.drain()
         self.exit_code = os.waitstatus_to_exitcode(status)
-        self._report(RankExited(self.rank, self.pid, self.exit_code, tuple(self._tail), self._error_report()))
+        end = RankExited(self.rank, self.pid, self.exit_code, tuple(self._tail), self._error_report(), ended_ns, self._was_signalled)
+        self._report(end)
         self._on_exit()
 
     def _error_report(self) -> str:

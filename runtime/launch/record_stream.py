@@ -20,13 +20,18 @@ class RecordStream:
     """
 
     def __init__(
-        self, read_fd: int, write_fd: int, on_record: Callable[[AgentRecord], None], on_end: Callable[[BadFrameError | None], None]
+        self,
+        read_fd: int,
+        write_fd: int,
+        on_record: Callable[[AgentRecord], None],
+        on_end: Callable[[BadFrameError | None], None],
+        reader: RecordReader | None = None,
     ) -> None:
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._on_record = on_record
         self._on_end = on_end
-        self._reader = RecordReader()
+        self._reader = reader or RecordReader()
         self._outgoing = bytearray()
         self._flushed: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -56,10 +56,11 @@ class RunDirectory:
         self.lock_fd = lock_fd
 
     @classmethod
-    def create(cls, launch_id: str) -> RunDirectory:
+    def create(cls, launch_id: str, node_rank: int = 0) -> RunDirectory:
         """Make and lock the directory of a launch, or take over the one that a dead launch of the same id left.
 
-        What other dead launches of this user have left goes too.
+        What other dead launches of this user have left goes too. A node beside the driver's has one of its own, for which the two
+        may share a file system.
 
         Raises:
             ConfigError: the launch id cannot be used, or the path is too long for a socket.
@@ -67,7 +68,7 @@ class RunDirectory:
             ResourceError: the disk is full or read-only; nothing is left there.
             LaunchError: the parent directory is not private to this user.
         """
-        path = run_directory_path(launch_id)
+        path = run_directory_path(launch_id, node_rank)
         _check_socket_path(path / ("x" * _ROOM_FOR_ENDPOINT_BYTES))
         _make_private(path.parent)
         remove_dead_directories()
@@ -102,6 +103,11 @@ class RunDirectory:
         except BlockingIOError:
             return None
         return cls(Path(os.fsdecode(path)), fds[0]) if fds else None
+
+    def let_go(self) -> None:
+        """Leave the directory to those that it was handed over to."""
+        os.close(self.lock_fd)
+        self.lock_fd = -1
 
     def remove(self) -> None:
         """Remove the directory, unless a later launch has it, and give the lock back; does nothing the second time."""
@@ -141,7 +147,7 @@ class RunDirectory:
                 Path(entry.path).unlink(missing_ok=True)
 
 
-def run_directory_path(launch_id: str) -> Path:
+def run_directory_path(launch_id: str, node_rank: int = 0) -> Path:
     """Return where the directory of a launch lies, without making it.
 
     It is in ``$XDG_RUNTIME_DIR/zspmd`` when that variable names a directory of this user's, else in ``zspmd-<uid>`` in the temporary
@@ -151,7 +157,7 @@ def run_directory_path(launch_id: str) -> Path:
         ConfigError: the launch id cannot be used.
         ResourceError: there is no temporary directory that can be written.
     """
-    name = check_launch_id(launch_id)
+    name = check_launch_id(launch_id) + (f"@{node_rank}" if node_rank else "")  # no launch id has the character
     if len(name) > _LONGEST_NAME_BYTES:
         # A dot in front: no launch id begins with one, so that no id can be another's hash.
         name = "." + hashlib.sha256(name.encode()).hexdigest()[: _LONGEST_NAME_BYTES - 1]

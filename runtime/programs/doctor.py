@@ -1,4 +1,7 @@
-"""Check whether this machine can run launches, and say what to mend: one line a check, exit code 1 if any has failed."""
+"""Check whether launches can run here, or on the hosts that are named, and say what to mend: one line a check.
+
+Exit codes: 0 nothing has failed, 1 something has, 2 wrong input, such as a hostfile that cannot be read.
+"""
 
 from __future__ import annotations
 
@@ -8,90 +11,122 @@ import json
 import os
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from ...config import NodesConfig
 from ...errors import ConfigError, LaunchError
 from ..launch.agent_protocol import RankExited, RankLog, RankStart, Start
-from ..launch.checks import FAIL, MACHINE_CHECKS, OK, WARN, Check
+from ..launch.check_records import FAIL, OK, Check
+from ..launch.checks import MACHINE_CHECKS
 from ..launch.devices import num_cuda_devices
+from ..launch.host_lists import parse_host_list
+from ..launch.host_selection import select_hosts
+from ..launch.hostfile import read_hostfile
+from ..launch.hosts import Host
 from ..launch.supervisor import AgentLost, Event, NodeSupervisor
+from ..launch.torch_check import ASK_TORCH, TORCH_S, judge_torch, slow_torch
 
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions
 
-_TORCH_S = 120.0
+USES = ("hosts",)
+HERE = "this machine"
 _LAUNCH_S = 30.0
-_ASK_TORCH = """
-import json, torch, torch.distributed as dist
-print(json.dumps({
-    "version": torch.__version__, "cuda": torch.version.cuda, "available": torch.cuda.is_available(),
-    "devices": torch.cuda.device_count(), "gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available(),
-}))
-"""
+Tell = Callable[[str, Check], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the program's arguments."""
     parser.add_argument("--json", action="store_true", help="print one JSON list of checks instead of lines")
+    parser.add_argument("--hostfile", metavar="FILE", help="check every host of it too, and the ways between them; - is standard input")
+    parser.add_argument("--host", metavar="LIST", help="hosts instead of a file: h1,h2")
+    parser.add_argument("--script", default="", metavar="FILE", help="a file that has to be the same on every host")
 
 
 def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     """Return what the program is about."""
-    return "checks of this machine"
+    hosts = _read_hosts(arguments, options)
+    return f"checks of this machine and {', '.join(host.target for host in hosts)}" if hosts else "checks of this machine"
 
 
 def run(arguments: argparse.Namespace, options: LaunchOptions) -> Coroutine[Any, Any, int]:
     """Return the checks as a coroutine."""
-    return _examine(arguments.json)
+    return _examine(arguments.json, _read_hosts(arguments, options), options.nodes, arguments.script)
 
 
-async def _examine(is_json: bool) -> int:
-    checks = []
+def _read_hosts(arguments: argparse.Namespace, options: LaunchOptions) -> Sequence[Host]:
+    """Return the hosts to look at, whether they are named before the program's name or behind it."""
+    if arguments.hostfile is not None and arguments.host is not None:
+        raise ConfigError("--hostfile and --host are both given; name the hosts by one of them")
+    if arguments.hostfile is None and arguments.host is None:
+        return options.hosts or ()
+    hosts = parse_host_list(arguments.host) if arguments.hostfile is None else read_hostfile(arguments.hostfile)
+    nodes = options.nodes
+    return select_hosts(hosts, include=nodes.include, exclude=nodes.exclude, num_nodes=nodes.num_nodes)
 
-    def tell(check: Check) -> None:
-        checks.append(check)
+
+async def _examine(is_json: bool, hosts: Sequence[Host], nodes: NodesConfig, script: str) -> int:
+    told: list[tuple[str, Check]] = []
+
+    def tell(host: str, check: Check) -> None:
+        if not is_json and hosts and host not in dict(told):
+            print(f"{host}:", flush=True)
+        told.append((host, check))
         if not is_json:
             print(f"{check.status:<5} {check.name:<14} {check.text}" + (f"\n      -> {check.advice}" if check.advice else ""), flush=True)
 
-    for examine in MACHINE_CHECKS:
-        tell(examine())
-    tell(await check_torch())
-    tell(await check_launch())
+    await _examine_machine(tell)
+    if hosts:
+        await _examine_hosts(hosts, nodes, script, tell)
     if is_json:
-        print(json.dumps([asdict(check) for check in checks], indent=2))
-    return int(any(check.status == FAIL for check in checks))
+        print(json.dumps([{"host": host, **asdict(check)} for host, check in told], indent=2))
+    elif hosts:
+        print(_summary(told))
+    return int(any(check.status == FAIL for _, check in told))
+
+
+async def _examine_machine(tell: Tell) -> None:
+    for check in MACHINE_CHECKS:
+        tell(HERE, check())
+    tell(HERE, await check_torch())
+    tell(HERE, await check_launch())
+
+
+async def _examine_hosts(hosts: Sequence[Host], nodes: NodesConfig, script: str, tell: Tell) -> None:
+    from ..launch.examination import examine_nodes
+
+    for host, checks in await examine_nodes(hosts, nodes, cwd=os.getcwd(), script=script):
+        for check in checks:
+            tell(host, check)
+
+
+def _summary(told: Sequence[tuple[str, Check]]) -> str:
+    """Return one line for all: which hosts are fine, and what failed on which."""
+    failed: dict[str, list[str]] = {host: [] for host, _ in told}
+    for host, check in told:
+        if check.status == FAIL and check.name not in failed[host]:
+            failed[host].append(check.name)
+    fine = [host for host, names in failed.items() if not names]
+    parts = [f"{host}: {', '.join(names)}" for host, names in failed.items() if names]
+    return f"failed at {'; '.join(parts)}; fine: {', '.join(fine) or 'none'}" if parts else f"fine: {', '.join(fine)}"
 
 
 async def check_torch() -> Check:
     """torch, in a process of its own, since this one is never to import it."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _ASK_TORCH, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        sys.executable, "-c", ASK_TORCH, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     try:
-        told, errors = await asyncio.wait_for(process.communicate(), _TORCH_S)
+        told, errors = await asyncio.wait_for(process.communicate(), TORCH_S)
     except asyncio.TimeoutError:
-        return Check("torch", FAIL, f"was not imported within {_TORCH_S:g} s", "see where it hangs: python -X importtime -c 'import torch'")
+        return slow_torch()
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    if process.returncode:
-        last = (errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        return Check("torch", FAIL, f"cannot be imported: {last}", "reinstall it: https://pytorch.org/get-started/locally")
-    return _judge_torch(json.loads(told))
-
-
-def _judge_torch(facts: dict[str, Any]) -> Check:
-    cuda = f"CUDA {facts['cuda']}, {facts['devices']} devices" if facts["available"] else "no CUDA device"
-    text = f"{facts['version']}, {cuda}, gloo {'yes' if facts['gloo'] else 'no'}, nccl {'yes' if facts['nccl'] else 'no'}"
-    if num_cuda_devices() and not facts["available"]:
-        why = "has no CUDA in it: install a CUDA build" if facts["cuda"] is None else "finds no usable driver: see nvidia-smi"
-        return Check("torch", WARN, text, f"this node has GPUs, and torch {why}")
-    if not facts["gloo"]:
-        return Check("torch", WARN, text, "scripts with the gloo backend and CPU ranks of several nodes need a build with gloo")
-    return Check("torch", OK, text)
+    return judge_torch(process.returncode or 0, told.decode(errors="replace"), errors.decode(errors="replace"), num_cuda_devices())
 
 
 async def check_launch() -> Check:

@@ -10,16 +10,19 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ...config import DTYPES, EngineConfig, RestartPolicy, SamplingParams
+from ...config import DTYPES, Deadlines, EngineConfig, RestartPolicy, SamplingParams
 from ...errors import ConfigError, RequestError, ZspmdError
 from ...transport.security import check_bind_address
 from ..engine.checkpoint import open_checkpoint
 from ..engine.engine import Engine
 from ..engine.outputs import RequestOutput
 from ..launch.console import RankConsole
+from ..launch.rank_prefixes import rank_hosts
 
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions
+
+USES = ("hosts", "calls", "logs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,19 +79,34 @@ async def _complete(prompts: list[str], arguments: argparse.Namespace, options: 
     """
     params = _sampling_params(arguments)
     started = time.monotonic()
-    with RankConsole(options.parallel.world_size, is_quiet=options.is_quiet) as console:
-        console.say(f"launch {options.launch_id}: starting {options.parallel.world_size} on {', '.join(options.devices)}")
+    hosts = rank_hosts(options.hosts or (), options.parallel.world_size)
+    with RankConsole(
+        options.parallel.world_size,
+        is_quiet=options.is_quiet,
+        hosts=hosts,
+        has_prefix=options.has_prefix,
+        shown=options.shown,
+        launcher_log=options.launcher_log,
+    ) as console:
+        places = options.devices if options.hosts is None else [host.target for host in options.hosts]
+        if options.dial is not None:
+            places = [f"{options.dial.num_nodes} nodes that call in"]
+        console.say(f"launch {options.launch_id}: starting {options.parallel.world_size} on {', '.join(places)}")
         engine = Engine(
             arguments.model,
             parallel=options.parallel,
             config=_engine_config(arguments),
             launch_id=options.launch_id,
-            devices=options.devices,
+            devices=options.placement,
+            deadlines=Deadlines(lease_s=options.lease_s),
+            hosts=options.hosts,
+            nodes=options.nodes,
             log_dir=options.log_dir,
             bind=arguments.bind,
             on_log=console.on_log,
             on_progress=console.on_progress,
-            restart=_restart_policy(arguments),
+            launcher=options.dial or "agents",
+            restart=_restart_policy(arguments) if options.dial is None else None,
             on_restart=console.say,
         )
         async with engine:

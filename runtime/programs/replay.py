@@ -30,6 +30,8 @@ from ..launch.run_directory import run_directory_path
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions
 
+USES = ("logs",)
+
 _MEASUREMENTS = {"zspmd.workers.model_worker:ModelWorker": ("kv_capacity",)}  # by worker: what answers the machine's free memory
 
 
@@ -180,8 +182,8 @@ def _report(recording: Recording, replayed: ReplayedGroup) -> list[str]:
 
 def _check_options(launch: RecordedLaunch, options: LaunchOptions) -> None:
     """Refuse what the command line says otherwise than the recording, whose launch it is."""
-    recorded = {"nproc-per-node": launch.parallel.world_size, "tp": launch.tp, "devices": ",".join(launch.devices)}
-    asked = {"nproc-per-node": options.parallel.world_size, "tp": options.parallel.tp, "devices": ",".join(options.devices)}
+    recorded = {"num-ranks": launch.parallel.world_size, "tp": launch.tp, "devices": ",".join(launch.devices)}
+    asked = {"num-ranks": options.parallel.world_size, "tp": options.parallel.tp, "devices": ",".join(options.devices)}
     for name, value in recorded.items():
         if name in options.given and asked[name] != value:
             raise TopologyError(f"--{name} is {asked[name]}, the recording has {value}; leave it out, the recording decides")

@@ -122,7 +122,7 @@ async def test_a_fault_that_nobody_awaits_is_raised_at_the_end() -> None:
     pid = group.health()[1].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    await wait_until(lambda: group._fault is not None, DETECTION_S)
+    await wait_until(lambda: group.fault is not None, DETECTION_S)
     with pytest.raises(WorkerExitedError) as caught:
         await group.aclose()
     assert (caught.value.rank, caught.value.exit_code) == (1, -signal.SIGKILL)
@@ -305,7 +305,7 @@ async def test_a_fault_is_raised_at_the_end_when_its_only_witness_had_given_up()
     pid = group.health()[1].pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
-    await wait_until(lambda: group._fault is not None, DETECTION_S)
+    await wait_until(lambda: group.fault is not None, DETECTION_S)
     with pytest.raises(WorkerExitedError) as caught:
         await group.aclose()
     assert caught.value.rank == 1

@@ -135,8 +135,11 @@ def test_ranks_that_ignore_everything_are_killed_all_the_same(leak_check: LeakCh
 
 SLOW_PROGRAM = """
 import asyncio, os, sys
-from zspmd.runtime.launch import cli
+import uvloop
+from zspmd import ParallelConfig
 from zspmd.runtime.launch.agent_protocol import RankLog, RankStart, Start
+from zspmd.runtime.launch.options import LaunchOptions
+from zspmd.runtime.launch.running import run_program
 from zspmd.runtime.launch.supervisor import NodeSupervisor
 
 def show(event):
@@ -153,7 +156,8 @@ async def program():
         await asyncio.shield(node.stop(100.0, 2.0))
     return 0
 
-sys.exit(cli.uvloop.run(cli._run_until_signal(program())))
+options = LaunchOptions(ParallelConfig(), "unused", ("cpu",), None, is_quiet=True)
+sys.exit(uvloop.run(run_program(program(), options)))
 """
 
 
@@ -198,7 +202,7 @@ def test_the_death_of_the_agent_or_its_guard_is_named(leak_check: LeakCheck, vic
         os.kill(pid, signal.SIGKILL)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 121
-    words = f"zspmd-run: the ranks are gone with the agent that supervised them: {name}, pid {pid}, was ended by SIGKILL"
+    words = f"zspmd-run: the agent that supervises the ranks is gone: {name}, pid {pid}, was ended by SIGKILL"
     assert words in errors
 
 

@@ -37,7 +37,7 @@ QUIET = zspmd.Deadlines(beat_s=60.0, ready_s=60.0, step_s=90.0, collective_s=90.
 
 
 def door_of(group: zspmd.WorkerGroup) -> Door:
-    door = group._processes._door
+    door = group._processes._site.door
     assert door is not None
     return door
 
@@ -58,7 +58,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def pusher_to(context: zmq.Context[zmq.Socket[bytes]], group: zspmd.WorkerGroup, keys: RankKeys) -> ResultPusher:
-    return ResultPusher(context, group._processes.collector.endpoint, epoch=group._processes._epoch, rank=0, keys=keys)
+    return ResultPusher(context, group._processes.collector.endpoints[0], epoch=group._processes._epoch, rank=0, keys=keys)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,11 @@ async def test_a_connection_that_breaks_ends_its_rank_by_name(leak_check: LeakCh
     await group.start()
     await group.step(None)
     processes = group._processes
-    endpoints = {"step": processes.publisher.endpoint, "result": processes.collector.endpoint, "control": processes._control_endpoint}
+    endpoints = {
+        "step": processes.publisher.endpoints[0],
+        "result": processes.collector.endpoints[0],
+        "control": processes._control_endpoints[0],
+    }
     _break_one(int(endpoints[name].rpartition(":")[2]))
     with pytest.raises(WorkerExitedError, match=f"the {name} connection to the driver broke") as caught:
         await _step_until(group, time.monotonic() + 20)

@@ -22,6 +22,7 @@ from support.simulation.run import simulate
 from zspmd.runtime.driver import alarm, faults
 from zspmd.runtime.driver.gate import WindowGate
 from zspmd.runtime.driver.pending import PendingReply
+from zspmd.runtime.driver.reply_deadlines import ReplyDeadlines
 from zspmd.runtime.driver.step_stream import StepStream
 from zspmd.runtime.driver.ticker import Ticker
 from zspmd.transport import sockets
@@ -45,7 +46,7 @@ FRAMES = (
     "pipe_full",
 )
 SEEN = (
-    *(f"group_fault_{name}" for name in ("WorkerExitedError", "WorkerRaisedError", "ProtocolError", "AnswerLostError", "PeerLostError")),
+    *(f"group_fault_{name}" for name in ("WorkerExitedError", "WorkerRaisedError", "ProtocolError", "AnswerLostError", "NodeLostError")),
     *(f"request_{name}" for name in ("WorkerExitedError", "WorkerRaisedError", "WorkerStalledError", "BackpressureError", "ClosedError")),
     *(f"start_{name}" for name in ("WorkerExitedError", "WorkerRaisedError", "ReadyTimeoutError")),
     *(f"close_{name}" for name in ("WorkerExitedError", "WorkerRaisedError", "WorkerStalledError")),
@@ -122,7 +123,7 @@ def has(*kinds: str) -> Callable[[Options], bool]:
         pytest.param(sockets.StepPublisher, "forget", do_nothing, is_crowded, id="frames are kept for ever"),
         pytest.param(WindowGate, "grant", do_nothing, is_crowded, id="nobody who waits for room gets it"),
         pytest.param(WindowGate, "fail", do_nothing, has(*DEADLY), id="whoever waits for room is not told of a fault"),
-        pytest.param(PendingReply, "expire_after", do_nothing, has(*STALLING), id="a step has no deadline"),
+        pytest.param(ReplyDeadlines, "watch", do_nothing, has(*STALLING), id="a step has no deadline"),
         pytest.param(PendingReply, "fail", do_nothing, has(*DEADLY), id="an await is not told of a fault"),
         pytest.param(faults, "_severity", lambda seen: 0, has(*DEADLY), id="who is heard of first is blamed"),
         pytest.param(CreditWindow, "due", lambda self, rank: 1 << 60, has("answer_lost"), id="a lost answer is not looked for"),

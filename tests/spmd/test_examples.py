@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.cluster import Cluster
 from support.leaks import LeakCheck
 from support.torch_exits import run_to_its_end
 
@@ -58,7 +60,7 @@ def run(command: list[str], *arguments: str | Path) -> list[str]:
 
 def test_every_example_is_run_and_listed() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {*PRINTED, "torchrun_script", "download_once", "rfc3587"}
+    assert names == {*PRINTED, "torchrun_script", "download_once", "rfc3587", "several_nodes"}
     index = (EXAMPLES / "README.md").read_text()
     for name in names:
         assert f"docs/examples/{name}.py" in index
@@ -112,3 +114,24 @@ def test_coordinator_and_communicator_do_what_the_rfc_asks() -> None:
     sums = [f"rank {rank}: every element is [3.0]" for rank in range(2)]
     assert sorted(lines) == sorted([*facts, "rank 0 prepares its node", *sums])
     assert min(map(lines.index, sums)) > max(map(lines.index, [*facts, "rank 0 prepares its node"]))  # the barrier
+
+
+def several_nodes(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    """Start the example on the first host of a cluster."""
+    command = [sys.executable, str(EXAMPLES / "several_nodes.py"), "--rsh", cluster.rsh(), *arguments]
+    return cluster.run(0, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_group_spans_several_nodes(cluster: Cluster) -> None:
+    process = several_nodes(cluster, "4", "node0:2", "node1", "node2")
+    lines, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, errors
+    places = [(0, "node0", 0), (1, "node0", 1), (2, "node1", 0), (3, "node2", 0)]
+    assert lines.splitlines() == [f"rank {rank} on {host}, local rank {local}: [0.0, 10.0, 20.0]" for rank, host, local in places]
+
+
+def test_a_group_says_what_a_node_lacks(cluster: Cluster) -> None:
+    process = several_nodes(cluster, "2", "node0", "node1 python=/not/there")
+    lines, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 120, errors
+    assert re.fullmatch(r"node1: agent: .*exited with code 127: .*/not/there: not found; .*python=.*\n", lines)

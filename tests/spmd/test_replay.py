@@ -125,7 +125,7 @@ def test_a_file_that_is_cut_is_replayed_up_to_there(leak_check: LeakCheck, mixed
 @pytest.mark.parametrize(
     ("options", "arguments", "told"),
     [
-        (("-n", "3"), (), "--nproc-per-node is 3, the recording has 2; leave it out, the recording decides"),
+        (("-n", "3"), (), "--num-ranks is 3, the recording has 2; leave it out, the recording decides"),
         (("--tp", "1"), (), "--tp is 1, the recording has 2"),
         (("--devices", "cpu"), (), "--devices is cpu, the recording has cpu,cpu"),
         ((), ("--rank", "2"), "--rank is 2; the recording has ranks 0 to 1"),

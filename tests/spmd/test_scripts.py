@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -172,18 +173,32 @@ def test_what_is_shown_and_what_is_in_the_files(
     assert files == {**expected, **{f"r0000{rank}.err": f"err {rank}\n".encode() for rank in range(2)}}
 
 
-def test_tee_without_a_log_dir_makes_one_and_says_where(leak_check: LeakCheck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    done = run("--tee", "3", script("talk"))
-    (directory,) = tmp_path.glob("zspmd-*-*")
-    assert f"[zspmd] log files are in {directory}\n" in done.stderr
+@pytest.mark.parametrize("options", [["--tee", "3"], []], ids=["tee", "nothing"])
+def test_log_files_are_kept_without_being_asked_for(
+    leak_check: LeakCheck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    done = run("--launch-id", "kept", *options, script("talk"))
+    directory = tmp_path / "zspmd" / "kept"
+    assert (f"[zspmd] log files are in {directory}\n" in done.stderr) == bool(options)
     assert (directory / "r00000.err").read_text() == "err 0\n"
+    assert (tmp_path / "zspmd" / "latest").resolve() == directory
+
+
+def test_a_launch_whose_log_files_have_no_place_says_so_and_runs(
+    leak_check: LeakCheck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    done = run(script("talk"))
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "out 0")
+    assert re.search(r"\[zspmd\] no log files are kept: .*Not a directory.*; --log-dir says where\n", done.stderr)
 
 
 def test_options_of_torchrun_that_mean_nothing_here_are_named(leak_check: LeakCheck) -> None:
     done = run("--rdzv_backend=c10d", "--rdzv-endpoint", "localhost:0", "--nnodes", "1:1", "--max-restarts=0", script("talk"))
     assert done.returncode == 0
-    assert "[zspmd] ignored, since it means nothing on one node: --rdzv-backend, --rdzv-endpoint\n" in done.stderr
+    assert "[zspmd] ignored, since it means nothing here: --rdzv-backend, --rdzv-endpoint\n" in done.stderr
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(16, marks=pytest.mark.long)])

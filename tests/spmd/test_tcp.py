@@ -154,10 +154,10 @@ async def test_keys_are_in_no_place_that_others_read(leak_check: LeakCheck, tmp_
 
 def _secrets(group: zspmd.WorkerGroup) -> list[bytes]:
     processes = group._processes
-    assert processes._door is not None
-    keys = [processes._door.rank_keys(rank) for rank in range(group.world_size)]
+    assert processes._site.door is not None
+    keys = [processes._site.door.rank_keys(rank) for rank in range(group.world_size)]
     own = [key for pair in keys for key in (pair.public, pair.secret, z85.decode(pair.secret))]
-    return [*own, processes._door._secret, keys[0].server, processes._token]
+    return [*own, processes._site.door._secret, keys[0].server, processes._site.token]
 
 
 def _readable_by_others(leak_check: LeakCheck, logs: Path) -> list[bytes]:

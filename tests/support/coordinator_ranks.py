@@ -62,7 +62,7 @@ class Hub:
         self._stopped = asyncio.Event()
         with zmq.Context() as context:
             hub = ControlHub(
-                ControlServer(context, self._endpoint()),
+                ControlServer(context, [self._endpoint()]),
                 token=TOKEN,
                 world_size=self._world_size,
                 on_hello=lambda _: None,

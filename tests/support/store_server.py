@@ -40,7 +40,7 @@ class StoreServer:
         self.requests: Counter[bytes] = Counter()
         self.state = StoreState()
         self._stopped = threading.Event()
-        self._server = ControlServer(self._context, self._endpoint)
+        self._server = ControlServer(self._context, [self._endpoint])
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         return self
@@ -58,7 +58,7 @@ class StoreServer:
     def _run(self) -> None:
         while not self._stopped.is_set():
             replies = self.state.expire(monotonic())
-            if self._server.socket.poll(PERIOD_MS):
+            if self._server.sockets[0].poll(PERIOD_MS):
                 connection, record, _ = self._server.receive()
                 if isinstance(record, Hello):
                     self.requests[connection] = 0

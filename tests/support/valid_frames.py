@@ -97,7 +97,9 @@ def filled(rng: Rng, kind: type[Record]) -> Record:
 def _field(rng: Rng, bounds: Any) -> Any:
     wanted = bounds["type"]
     if wanted is tuple:
-        return tuple(_item(rng, bounds["item"]) for _ in range(rng.randrange(3)))
+        return tuple(_item(rng, bounds["item"]) for _ in range(min(rng.randrange(3), bounds["high"])))
+    if wanted is bool:
+        return rng.random() < 0.5
     if wanted is dict:
         return {f"name{number}": "value" for number in range(rng.randrange(3))}
     if wanted is int:

@@ -45,8 +45,9 @@ def test_every_error_says_who_caused_it() -> None:
 
 
 def test_places_are_in_the_text_and_in_fields() -> None:
-    error = HostfileError("no host", path="hosts", line=3)
-    assert (str(error), error.path, error.line) == ("hosts:3: no host", "hosts", 3)
+    error = HostfileError([(3, 5, "no host"), (4, 1, "no slots"), (0, 0, "no end")], path="hosts")
+    assert str(error) == "hosts:3:5: no host\nhosts:4:1: no slots\nhosts: no end"
+    assert (error.path, error.line, error.problems[1]) == ("hosts", 3, (4, 1, "no slots"))
     checkpoint = CheckpointError("does not fit", tensor="lm_head", wanted=(2, 3), found=(3, 2))
     assert (checkpoint.tensor, checkpoint.wanted, checkpoint.found) == ("lm_head", (2, 3), (3, 2))
     assert ReadyTimeoutError("late", missing=[1, 2]).missing == (1, 2)

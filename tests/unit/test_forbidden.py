@@ -45,7 +45,10 @@ MAY_IMPORT_BY_NAME = {
     "zspmd.workers.main": "the worker class, which the driver's program chose",
     "zspmd.workers.zygote": "modules that the driver's program chose, over a pair of sockets that nobody else holds",
 }
-MAY_TELL_THE_TIME = {"zspmd.runtime.engine.chat_template": "templates print today's date"}
+MAY_TELL_THE_TIME = {
+    "zspmd.runtime.engine.chat_template": "templates print today's date",
+    "zspmd.runtime.launch.launch_record": "when a launch was started, for people; nothing is decided by it",
+}
 # Where asserts stand for the type checker or an invariant of the code around them. Whatever reads bytes of others has none.
 MAY_ASSERT = {
     "zspmd.runtime.driver.faults": "what was seen of a rank fits its kind",
@@ -54,6 +57,11 @@ MAY_ASSERT = {
     "zspmd.runtime.engine.blocks": "a full block has a digest",
     "zspmd.runtime.engine.engine": "its loop runs only once it is started",
     "zspmd.runtime.engine.scheduler": "one sequence alone fits",
+    "zspmd.runtime.launch.byte_tunnel": "used only once open",
+    "zspmd.runtime.launch.dial": "libzmq tells where it has bound",
+    "zspmd.runtime.launch.dial_link": "one agent at a time",
+    "zspmd.runtime.launch.dial_nodes": "a node that is awaited has called",
+    "zspmd.runtime.launch.dial_out": "an agent that runs has a stream",
     "zspmd.runtime.launch.rank_starting": "used only while open",
     "zspmd.runtime.launch.supervisor": "used only once started",
     "zspmd.runtime.programs.generate": "a finished request has an output",

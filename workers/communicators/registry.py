@@ -98,7 +98,9 @@ def _load_factory(backend: str) -> Factory:
 
 
 def _own_address() -> str:
-    """Return the address by which this node reaches the first, and so is reached from it; sends nothing."""
+    """Return the address at which other nodes reach this one: what its launcher says, or by which it reaches the first; sends nothing."""
+    if told := os.environ.get("ZSPMD_NODE_ADDR"):
+        return told
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "9"))))
         address: str = probe.getsockname()[0]

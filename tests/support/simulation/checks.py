@@ -12,7 +12,7 @@ from zspmd.errors import (
     BackpressureError,
     ClosedError,
     LaunchError,
-    PeerLostError,
+    NodeLostError,
     ProtocolError,
     ReadyTimeoutError,
     WorkerError,
@@ -44,7 +44,7 @@ OWN_STALLS = ("hung", "hung_with_lock", "stopped", "stopped_for", "hung_in_setup
 EXPLAINED_BY: dict[type[BaseException], tuple[str, ...]] = {
     AnswerLostError: ("answer_lost",),
     ProtocolError: BROKEN_ANSWERS,
-    PeerLostError: ("agent_killed",),
+    NodeLostError: ("agent_killed",),
     BackpressureError: ("pipe_full",),
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 import zspmd
-from zspmd.runtime.driver import processes, step_stream
+from zspmd.runtime.driver import launch_site, processes, step_stream
 from zspmd.runtime.launch import plan, supervisor
 from zspmd.transport import control_sockets
 from zspmd.transport.control_sockets import ControlClient
@@ -187,11 +187,15 @@ def simulated(launch: SimulatedLaunch) -> Iterator[None]:
         zmq: {"Context": lambda: SimulatedContext(launch.network, launch.loop.readable)},
         supervisor: {"AgentProcess": functools.partial(SimulatedAgent, launch), "pack_record": lambda order: b""},
         processes: {
-            "RunDirectory": SimpleNamespace(create=lambda launch_id: launch.run_directory),
-            "reserve_port": lambda launch_id, purpose: SimulatedPort(),
             "check_resources": lambda world_size: None,
-            "secrets": SimpleNamespace(randbits=lambda num_bits: EPOCH, token_bytes=lambda num_bytes: TOKEN),
+            "secrets": SimpleNamespace(randbits=lambda num_bits: EPOCH),
+        },
+        launch_site: {
+            "RunDirectory": SimpleNamespace(create=lambda launch_id: launch.run_directory),
+            "reserve_port": lambda launch_id, purpose, address: SimulatedPort(),
+            "secrets": SimpleNamespace(token_bytes=lambda num_bytes: TOKEN),
             "pack_record": _pack,
+            "LaunchRecord": SimpleNamespace(of_this_process=lambda *what, **how: SimpleNamespace(write=lambda directory: None)),
         },
         control_sockets: {"pack_record": _pack, "unpack_record": lambda data: _unpack(bytes(data))},
         step_stream: {"unpack_record": lambda data: _unpack(bytes(data))},

@@ -33,7 +33,7 @@ class Hub:
         self.errors: list[Exception] = []
         self.clients: list[ControlClient] = []
         self.hub = ControlHub(
-            ControlServer(context, endpoint),
+            ControlServer(context, [endpoint]),
             token=TOKEN,
             world_size=2,
             on_hello=lambda rank: self.hellos.append(rank.rank),
@@ -115,7 +115,7 @@ async def test_a_refused_connection_that_is_gone_is_no_lost_peer(hub: Hub) -> No
 
 
 async def test_sending_to_a_connection_that_is_gone_is_forgotten(hub: Hub) -> None:
-    hub.hub.send(b"none", Accepted())
+    hub.hub.send(b"\0none", Accepted())
     assert hub.errors == []
 
 

@@ -41,7 +41,7 @@ class Case:
         pending.fail(error)
 
     def pending(self, seq: int = 5) -> PendingReply:
-        return PendingReply(asyncio.get_running_loop(), seq, seq, (0,), awaited=(0,), asked_ns=0, published_ns=0)
+        return PendingReply(asyncio.get_running_loop(), seq, seq, (0,), awaited=(0,), asked_ns=0, published_ns=0, limit_s=10.0)
 
 
 async def blamed(*seqs: int, missing: list[int], stacks: dict[int, str]) -> WorkerStalledError:

@@ -11,10 +11,12 @@ import pytest
 from zspmd.runtime.driver.script_faults import (
     MAX_TRACEBACK_LINES,
     RankEnd,
+    cause_of,
     exit_code_of,
     find_traceback,
     first_cause,
     read_report,
+    rivals,
     summarise,
 )
 
@@ -139,3 +141,69 @@ def test_without_a_traceback_the_last_lines_are_told() -> None:
     cause = end(0, 7, tail=tuple(f"line {number}" for number in range(30)))
     told = summarise(cause, [cause], host="h", log_dir=None).splitlines()
     assert told[2:] == ["  last lines", *(f"    line {number}" for number in range(20, 30))]
+
+
+def node_end(rank: int, host: str, exit_code: int = 1, at_s: float = 1.0, *, is_spontaneous: bool = True, **fields: Any) -> RankEnd:
+    return end(rank, exit_code, at_s, is_spontaneous=is_spontaneous, host=host, error_s=0.0005, **fields)
+
+
+def test_the_summary_of_several_nodes_names_them() -> None:
+    cause = node_end(3, "node1", -11, 192.418, tail=("last words",))
+    ends = [cause, node_end(0, "node0", at_s=192.438, stderr=LOST, tail=LOST), node_end(1, "node0", -15, 192.5, is_spontaneous=False)]
+    told = summarise(cause, ends, host="driver", log_dir="/logs", cleanup="3/3 ranks gone in 0.31 s", report="/logs/report.json")
+    assert told.splitlines() == [
+        "FAILED with exit code 139",
+        "  first cause  rank 3 @ node1 pid 103  was ended by SIGSEGV  at +192.418 s \N{PLUS-MINUS SIGN}0.5 ms",
+        "  last lines",
+        "    last words",
+        "  then",
+        "    rank 0 @ node0 exited with code 1, +0.020 s: RuntimeError: Connection closed by peer [::1]:4",
+        "    rank 1 @ node0 was ended by zspmd-run (SIGTERM), +0.082 s",
+        "  cleanup      3/3 ranks gone in 0.31 s",
+        "  logs         /logs",
+        "  report       /logs/report.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "is_told"),
+    [
+        (node_end(1, "node1", at_s=1.0008), True),
+        (node_end(1, "node1", at_s=1.0012), False),
+        (node_end(1, "node0", at_s=1.0008), False),
+        (node_end(1, "node1", at_s=1.0008, stderr=LOST), False),
+        (node_end(1, "node1", 0, at_s=1.0008), False),
+        (node_end(1, "node1", -15, at_s=1.0008, is_spontaneous=False), False),
+    ],
+    ids=["within the clocks' error", "later", "on the same clock", "a lost peer", "no failure", "ended by us"],
+)
+def test_two_causes_that_the_clocks_cannot_tell_apart_are_both_told(other: RankEnd, is_told: bool) -> None:
+    cause = node_end(0, "node0", at_s=1.0, stderr=TRACEBACK)
+    told = summarise(cause, [other, cause], host="driver", log_dir=None)
+    assert rivals(cause, [other, cause]) == ([other] if is_told else [])
+    assert ("  or           rank 1 @ node1 pid 101" in told) == is_told
+    assert ("\n  then\n" in told) == (not is_told and other.exit_code != 0)
+
+
+def test_ranks_that_were_ended_alike_share_a_line() -> None:
+    cause = end(0)
+    ends = [cause, *(end(rank, -15, 1.0 + rank / 8, is_spontaneous=False) for rank in range(1, 21)), end(21, 3, 1.5)]
+    told = summarise(cause, ends, host="h", log_dir=None)
+    assert told.splitlines()[-2:] == [
+        "    rank 21 exited with code 3, +0.500 s",
+        "    ranks 1-20 were ended by zspmd-run (SIGTERM), up to +2.500 s",
+    ]
+
+
+def test_the_number_of_last_lines_is_a_choice() -> None:
+    cause = end(0, 7, tail=tuple(f"line {number}" for number in range(30)))
+    assert summarise(cause, [cause], host="h", log_dir=None, tail=2).splitlines()[2:] == ["  last lines", "    line 28", "    line 29"]
+    assert "last lines" not in summarise(cause, [cause], host="h", log_dir=None, tail=0)
+
+
+def test_an_end_in_a_report() -> None:
+    told = node_end(1, "node1", 1, 1.5, stderr=LOST, tail=LOST).as_dict()
+    assert (told["is_consequence"], told["reason"], told["traceback"]) == (True, LOST[-1], list(LOST))
+    assert cause_of(end(0, -9))["kind"] == "rank_signal"
+    assert cause_of(end(0, 9))["kind"] == "rank_exit"
+    assert end(0, 0, tail=LOST).as_dict()["reason"] == ""

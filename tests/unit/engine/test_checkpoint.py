@@ -108,18 +108,18 @@ def capacity(free_blocks: float, bytes_per_block: int = 100) -> dict[str, int]:
 )
 def test_the_pool_is_sized_from_free_memory(capacities: list[dict[str, int]], devices: list[str], expected: int) -> None:
     config = EngineConfig(max_num_seqs=4, block_size=8)
-    assert choose_num_blocks(capacities, devices, 40, config) == expected
+    assert choose_num_blocks(capacities, [(0, device) for device in devices], 40, config) == expected
 
 
 def test_a_pool_that_holds_no_sequence_is_refused() -> None:
     config = EngineConfig(block_size=8)
-    assert choose_num_blocks([capacity(12)], ["cpu"], 40, config) == 6
+    assert choose_num_blocks([capacity(12)], [(0, "cpu")], 40, config) == 6
     with pytest.raises(ConfigError, match=r"memory for 5 KV blocks of 8 positions, .* max_model_len 40 needs 6; lower max_model_len"):
-        choose_num_blocks([capacity(11)], ["cpu"], 40, config)
+        choose_num_blocks([capacity(11)], [(0, "cpu")], 40, config)
 
 
 def test_the_users_number_of_blocks_is_taken_if_it_fits() -> None:
     capacities, devices = [capacity(1000), capacity(60)], ["cuda:0", "cuda:1"]
-    assert choose_num_blocks(capacities, devices, 40, EngineConfig(num_blocks=60)) == 60
+    assert choose_num_blocks(capacities, [(0, device) for device in devices], 40, EngineConfig(num_blocks=60)) == 60
     with pytest.raises(ConfigError, match=r"num_blocks is 61, which takes 6,100 B on rank 1, where 6,000 B are free; lower it to 60"):
-        choose_num_blocks(capacities, devices, 40, EngineConfig(num_blocks=61))
+        choose_num_blocks(capacities, [(0, device) for device in devices], 40, EngineConfig(num_blocks=61))

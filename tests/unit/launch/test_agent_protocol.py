@@ -14,6 +14,7 @@ from zspmd.runtime.launch.agent_protocol import (
     AgentRecord,
     AgentStarted,
     AgentWarning,
+    DriverLost,
     DumpStacks,
     GuardGone,
     Hold,
@@ -52,6 +53,7 @@ RECORDS: list[AgentRecord] = [
     StacksDone(3),
     AgentGone((5, 6)),
     GuardGone(),
+    DriverLost("nothing was heard"),
 ]
 
 

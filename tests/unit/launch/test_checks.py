@@ -10,24 +10,28 @@ import socket
 import sys
 import tempfile
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.leaks import LeakCheck
 from support.script_runs import run
 
+from zspmd.errors import BadFrameError
 from zspmd.runtime.launch import checks
-from zspmd.runtime.launch.checks import FAIL, MACHINE_CHECKS, OK, WARN, Check
+from zspmd.runtime.launch.agent_protocol import RecordReader, encode_record
+from zspmd.runtime.launch.check_records import FAIL, OK, WARN, Check, MachineChecks
+from zspmd.runtime.launch.checks import MACHINE_CHECKS
+from zspmd.runtime.launch.leftovers import Leftover
 from zspmd.runtime.launch.run_directory import LOCK_NAME, run_directory_path
-from zspmd.runtime.programs.doctor import _judge_torch
+from zspmd.runtime.launch.torch_check import judge_torch
 
 Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.mark.parametrize("examine", MACHINE_CHECKS, ids=lambda examine: examine.__name__)
-def test_every_check_that_is_not_ok_says_what_to_mend(examine: type[Check]) -> None:
-    check = examine()  # type: ignore[call-arg]  # a function, which pytest's parameters cannot say
+def test_every_check_that_is_not_ok_says_what_to_mend(examine: Callable[[], Check]) -> None:
+    check = examine()
     assert check.status in (OK, WARN, FAIL)
     assert check.text
     assert bool(check.advice) == (check.status != OK)
@@ -59,6 +63,82 @@ def test_limits_that_no_launch_fits_into_fail(monkeypatch: pytest.MonkeyPatch) -
     check = checks.check_limits()
     assert check.status == FAIL
     assert "a launch of 1 rank needs 72 more" in check.advice
+
+
+def test_a_low_limit_of_the_cgroup_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "cgroup_limit", lambda name: 100)
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (1 << 20, 1 << 20))
+    check = checks.check_limits()
+    assert (check.status, check.advice) == (WARN, "many ranks may not fit: a higher limit of pids for the container or session")
+    assert check.text.endswith(", this cgroup may have 100 processes and threads")
+
+
+def test_a_cgroup_s_share_of_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "cgroup_cores", lambda: 1.5)
+    assert ", this cgroup may use the time of 1.5" in checks.check_cores().text
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Sat Feb 17 22:55:48 UTC 2024\n", ", driver 535.161.08"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.10  Release Build\n", ", driver 570.86.10"),
+        (None, ""),
+    ],
+    ids=["closed", "open", "none"],
+)
+def test_the_driver_s_version_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, version: str) -> None:
+    monkeypatch.setattr(checks, "_DRIVER_VERSION", tmp_path / "version")
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert checks.check_devices() == Check("devices", OK, f"2 CUDA devices{version}")
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "text"),
+    [
+        ("exit 0", OK, "nobody computes on them"),
+        ("echo '123, python, 1024 MiB'; echo '124, /opt/a b, [N/A]'", WARN, "123 python 1024 MiB; 124 /opt/a b [N/A]"),
+        ("exit 9", WARN, "nvidia-smi fails: Command "),
+        ("exec sleep 60", WARN, "nvidia-smi fails: Command "),
+    ],
+    ids=["free", "in use", "no driver", "hangs"],
+)
+def test_who_else_uses_the_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, status: str, text: str) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(checks, "_SMI_S", 0.5)
+    check = checks.check_device_use()
+    assert check.status == status
+    assert check.text.startswith(text)
+    assert bool(check.advice) == (status != OK)
+
+
+def test_where_there_are_no_gpus_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "num_cuda_devices", lambda: 0)
+    assert checks.check_device_use() == Check("device use", OK, "no GPUs, or no nvidia-smi to tell")
+
+
+def test_processes_that_a_launch_has_left_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "find_leftovers", lambda: [Leftover(7, "lee-1", "python x.py"), Leftover(8, "lee-1", "sleep 9")])
+    assert checks.check_leftovers() == Check(
+        "leftovers",
+        WARN,
+        "no agent above pid 7 of launch lee-1 (python x.py); pid 8 of launch lee-1 (sleep 9)",
+        "if their launch has ended: kill -9 7 8",
+    )
+
+
+def test_all_checks_travel_as_one_record() -> None:
+    told = checks.check_machine()
+    assert [check.name for check in told.checks] == [examine().name for examine in MACHINE_CHECKS]
+    assert list(RecordReader().feed(encode_record(told))) == [told]
+    with pytest.raises(BadFrameError, match=r"Check\.status is 'fine', not one of ok, warn, FAIL"):
+        encode_record(MachineChecks((Check("a", "fine", "b"),)))
 
 
 def test_a_small_shared_memory_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +192,9 @@ def test_what_dead_launches_left_is_removed_and_named(leak_check: LeakCheck) -> 
 @pytest.mark.parametrize(
     ("cuda", "words"), [(None, "has no CUDA in it"), ("12.8", "finds no usable driver")], ids=["cpu build", "cuda build"]
 )
-def test_a_torch_that_does_not_see_the_gpus_is_warned_of(monkeypatch: pytest.MonkeyPatch, cuda: str | None, words: str) -> None:
-    monkeypatch.setattr("zspmd.runtime.programs.doctor.num_cuda_devices", lambda: 2)
-    check = _judge_torch({"version": "2.9", "cuda": cuda, "available": False, "devices": 0, "gloo": True, "nccl": False})
+def test_a_torch_that_does_not_see_the_gpus_is_warned_of(cuda: str | None, words: str) -> None:
+    told = {"version": "2.9", "cuda": cuda, "available": False, "devices": 0, "gloo": True, "nccl": False}
+    check = judge_torch(0, f"a warning of torch's\n{json.dumps(told)}\n", "", 2)
     assert check.status == WARN
     assert words in check.advice
 

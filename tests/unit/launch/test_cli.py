@@ -19,7 +19,8 @@ from zspmd.errors import (
     ZspmdError,
 )
 from zspmd.runtime.engine.checkpoint import DEMO_MODEL
-from zspmd.runtime.launch.cli import exit_code, main
+from zspmd.runtime.launch.cli import main
+from zspmd.runtime.launch.exit_codes import exit_code
 from zspmd.runtime.launch.ports import first_candidate
 
 
@@ -34,7 +35,7 @@ from zspmd.runtime.launch.ports import first_candidate
         (["generate", "--max-model-len", "10000", "x"], "max_model_len is 10000; the model in .* has 512 positions: lower it"),
         (["--tp", "3", "generate", "x"], "tp 3 does not fit 4 heads"),
         (["--tp", "0", "generate", "x"], "tp is 0; it must be a whole number of at least 1"),
-        (["-n", "2", "--tp", "4", "generate", "x"], "--nproc-per-node 2 and --tp 4 do not agree"),
+        (["-n", "2", "--tp", "4", "generate", "x"], "-n 2 and --tp 4 do not agree"),
         (["--tp", "2", "--devices", "cuda:0", "generate", "x"], "devices lists 1 entries .* for 2 ranks"),
         (["--launch-id", "a/b", "generate", "x"], "launch id 'a/b'"),
     ],

@@ -10,7 +10,9 @@ import pytest
 
 from zspmd.errors import ConfigError, TopologyError, ZspmdError
 from zspmd.runtime.launch import option_values
-from zspmd.runtime.launch.options import ScriptOptions, build_parser, ignored_options, is_script, launch_options, script_options, wants_logs
+from zspmd.runtime.launch.command_options import ignored_options, is_script, launch_options, script_options, wants_logs
+from zspmd.runtime.launch.option_parser import build_parser
+from zspmd.runtime.launch.options import ScriptOptions
 
 
 @pytest.fixture(autouse=True)
@@ -57,14 +59,17 @@ def test_a_command_of_torchrun_is_taken_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        (["--nnodes", "2"], ConfigError, "--nnodes is '2'; zspmd-run starts ranks on one node only"),
-        (["--nnodes=1:4"], ConfigError, "--nnodes is '1:4'"),
-        (["--node-rank", "1"], ConfigError, "--node-rank is 1"),
+        (["--nnodes", "2"], ConfigError, "--nnodes is 2, and nobody says which; give --hostfile or --host, or run one command on each"),
+        (["--nnodes=1:4"], ConfigError, "--nnodes is '1:4'; zspmd-run starts as many nodes as it is told"),
+        (["--nnodes=two"], ConfigError, "--nnodes is 'two'; give a whole number of at least 1"),
+        (["--node-rank", "1"], ConfigError, "--node-rank is 1 and --nnodes 1; nodes count from 0 to 0"),
         (["--max-restarts", "3"], ConfigError, "--max-restarts is 3; zspmd-run restarts nothing"),
-        (["-n", "0"], TopologyError, "--nproc-per-node is 0; it must be at least 1"),
-        (["-n", "many"], TopologyError, "--nproc-per-node is 'many'; give a number, gpu, cpu or auto"),
+        (["-n", "0"], TopologyError, "-n is 0; it must be at least 1"),
+        (["-n", "many"], TopologyError, "-n is 'many'; give a number, gpu, cpu or auto"),
         (["-n", "gpu"], TopologyError, "this node shows no CUDA device"),
+        (["-n", "2", "--nproc-per-node", "3"], TopologyError, "-n 2 and --nproc-per-node 3 do not agree on one node"),
         (["--tp", "2"], ConfigError, "--tp is for programs"),
+        (["--pp", "2"], ConfigError, "--pp is for programs"),
         (["--env", "=1"], ConfigError, "'=1' names no variable"),
         (["--env", "ABSENT"], ConfigError, "ABSENT: it is not set here"),
         (["--env", "RANK=1"], ConfigError, "RANK: the launch itself sets"),
@@ -82,6 +87,12 @@ def test_a_command_of_torchrun_is_taken_as_it_is() -> None:
         (["--master-addr", ""], ConfigError, "--master-addr '' has no address"),
         (["--master-addr", "no such host"], ConfigError, "--master-addr 'no such host' has no address"),
         (["--grace", "-1"], ConfigError, "--grace is -1.0 s"),
+        (["--timeout", "-1"], ConfigError, "--timeout is -1.0 s"),
+        (["--tail", "41"], ConfigError, "--tail is 41; it must be from 0 to 40"),
+        (["--console", "some"], ConfigError, "--console is 'some'; write all, failed or none, or list ranks from 0 to 0"),
+        (["--console", "0-3"], ConfigError, "--console is '0-3'"),
+        (["--report", "absent/report.json"], ConfigError, "--report 'absent/report.json' cannot be written"),
+        (["--report", "."], ConfigError, "--report '.' cannot be written"),
         (["--launch-id", "a b"], ConfigError, "launch id 'a b'"),
         (["-m", "--no-python"], ConfigError, "-m and --no-python exclude each other"),
     ],
@@ -100,11 +111,15 @@ def test_what_cannot_be_honoured_is_an_error(arguments: list[str], error: type[Z
         (["-r", "0:3"], {(0, "out"), (0, "err")}),
         (["-r", "3", "-t", "1:1"], {(0, "out"), (0, "err"), (1, "err")}),
         (["--local-ranks-filter", "1"], {(0, "out"), (0, "err")}),
+        (["--console", "1"], {(0, "out"), (0, "err")}),
+        (["--console", "0-1"], set()),
+        (["--console", "failed"], {(rank, stream) for rank in (0, 1) for stream in ("out", "err")}),
+        (["--console", "none"], {(rank, stream) for rank in (0, 1) for stream in ("out", "err")}),
     ],
-    ids=["nothing", "stdout of all", "both of rank 0", "tee wins", "filter"],
+    ids=["nothing", "stdout of all", "both of rank 0", "tee wins", "filter", "console", "console of all", "failed", "none"],
 )
 def test_streams_that_are_not_shown(options_given: list[str], hidden: set[tuple[int, str]]) -> None:
-    assert parsed("-n", "2", *options_given).hidden == hidden
+    assert parsed("-n", "2", *options_given).shown.hidden(2) == hidden
 
 
 @pytest.mark.parametrize(

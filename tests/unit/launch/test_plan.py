@@ -4,7 +4,7 @@ import pytest
 
 from zspmd.errors import ConfigError, TopologyError
 from zspmd.runtime.launch import plan as plan_module
-from zspmd.runtime.launch.plan import FACT_NAMES, LaunchPlan, RankPlan, plan_local
+from zspmd.runtime.launch.plan import FACT_NAMES, LaunchPlan, NodePlan, RankPlan, plan_local
 
 
 def make_plan(world_size: int = 4) -> LaunchPlan:
@@ -46,6 +46,7 @@ def test_ranks_are_told_the_facts_of_rfc_3587_and_the_names_of_torch() -> None:
         "PYTHONFAULTHANDLER": "1",
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "ZSPMD_LAUNCH_ID": "job",
+        "ZSPMD_NODE_ADDR": "127.0.0.1",
         "ZSPMD_RANK": "3",
         "ZSPMD_LOCAL_RANK": "3",
         "ZSPMD_WORLD_SIZE": "4",
@@ -57,7 +58,8 @@ def test_ranks_are_told_the_facts_of_rfc_3587_and_the_names_of_torch() -> None:
 
 def test_ranks_of_a_second_node_count_locally() -> None:
     ranks = tuple(RankPlan(rank, rank % 2, rank // 2, "cpu") for rank in range(4))
-    plan = LaunchPlan("job", 4, ranks, "10.0.0.1", 20123, "/run/job", ("a", "b"))
+    nodes = (NodePlan("a", "10.0.0.1", "/run/job", iface="eth0"), NodePlan("b", "10.0.0.2", "/run/job@1", is_local=False, num_cores=9))
+    plan = LaunchPlan("job", 4, ranks, "10.0.0.1", 20123, nodes)
     environment = plan.rank_environment(3, {})
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NNODES")
     assert [environment[name] for name in names] == ["3", "1", "2", "1", "2"]

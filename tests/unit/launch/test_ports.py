@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 
 import pytest
+from support.polling import block_until
 
 from zspmd.errors import ConfigError, EndpointInUseError
 from zspmd.runtime.launch import ports
+from zspmd.runtime.launch.port_holders import describe_holder
 from zspmd.runtime.launch.ports import FIRST_PORT, LAST_PORT, first_candidate, hold_port, reserve_port
 
 
@@ -52,6 +55,27 @@ def test_a_server_with_reuseaddr_can_bind_again_and_again(address: str) -> None:
                     connection, peer = server.accept()
                     connection.close()
                     assert peer == client.getsockname()
+
+
+def test_a_launch_at_one_address_excludes_another_at_the_next() -> None:
+    """Servers of both would listen on all addresses."""
+    with reserve_port("same", "master", "127.0.0.1") as first, reserve_port("same", "master", "127.0.0.2") as second:
+        assert second.port != first.port
+        for held in (first, second):
+            with socket.create_server(("", held.port)):  # sets SO_REUSEADDR
+                pass
+
+
+def test_who_has_a_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(EndpointInUseError, match=rf"port {port} of 127.0.0.1 is taken by pid {os.getpid()} \(.*pytest"):
+            hold_port("127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port)):
+            server.accept()[0].close()  # the side that closes first keeps the port
+    block_until(lambda: describe_holder(port).startswith("a connection that has just ended (TIME_WAIT)"))
+    with reserve_port("silent", "holder") as held:
+        assert "does not listen yet, such as another launch" in describe_holder(held.port)
 
 
 def test_a_plain_bind_is_excluded_until_the_port_is_given_back() -> None:

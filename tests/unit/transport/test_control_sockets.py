@@ -17,11 +17,11 @@ BEAT = Beat(phase="idle", seq=0, done_seq=0, step_id=-1, memory_bytes=0)
 
 @pytest.fixture
 def control(context: zmq.Context[zmq.Socket[bytes]]) -> tuple[ControlServer, ControlClient]:
-    return ControlServer(context, "inproc://control"), ControlClient(context, "inproc://control")
+    return ControlServer(context, ["inproc://control"]), ControlClient(context, "inproc://control")
 
 
 def receive_record(server: ControlServer) -> Received:
-    assert server.socket.poll(WAIT_MS)
+    assert server.sockets[0].poll(WAIT_MS)
     return server.receive()
 
 
@@ -44,7 +44,7 @@ def test_a_bad_record_is_gone_once_it_was_reported(control: tuple[ControlServer,
     server, client = control
     client.socket.send(b"rubbish")
     client.send(BEAT)
-    assert server.socket.poll(WAIT_MS)
+    assert server.sockets[0].poll(WAIT_MS)
     with pytest.raises(BadFrameError):
         server.receive()
     assert receive_record(server).record == BEAT
@@ -53,8 +53,8 @@ def test_a_bad_record_is_gone_once_it_was_reported(control: tuple[ControlServer,
 
 
 def test_a_connection_that_is_gone_is_an_error(control: tuple[ControlServer, ControlClient]) -> None:
-    with pytest.raises(PeerLostError, match="control connection 6162"):
-        control[0].send(b"ab", Accepted())
+    with pytest.raises(PeerLostError, match="control connection 006162"):
+        control[0].send(b"\0ab", Accepted())
 
 
 def test_a_record_beyond_its_bounds_leaves_the_others_theirs(control: tuple[ControlServer, ControlClient]) -> None:

@@ -73,10 +73,11 @@ def test_a_key_that_is_none(bad: bytes, place: int) -> None:
 
 @pytest.mark.parametrize("end", [StepPublisher, ResultCollector, ControlServer], ids=lambda end: end.__name__)
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "tcp://*:*", "ws://127.0.0.1:*"])
-def test_the_driver_binds_no_tcp_without_a_door(context: Context, end: Any, endpoint: str) -> None:
+@pytest.mark.parametrize("others", [[], ["inproc://bound"]], ids=["alone", "beside another"])
+def test_the_driver_binds_no_tcp_without_a_door(context: Context, end: Any, endpoint: str, others: list[str]) -> None:
     options = {} if end is ControlServer else {"epoch": 1}
     with pytest.raises(InsecureEndpointError):
-        end(context, endpoint, **options)
+        end(context, [*others, endpoint], **options)
     assert all(socket.closed for socket in vars(context)["kept"])
 
 

@@ -32,14 +32,14 @@ class StepPair:
     """A publisher and the subscribers of some ranks, once their subscriptions have arrived."""
 
     def __init__(self, context: Context, num_ranks: int) -> None:
-        self.publisher = StepPublisher(context, "inproc://step", epoch=EPOCH)
+        self.publisher = StepPublisher(context, ["inproc://step"], epoch=EPOCH)
         self.gaps: list[tuple[int, int]] = []  # (rank, frame) in the order of asking
         self.subscribers = [
             StepSubscriber(context, "inproc://step", epoch=EPOCH, rank=rank, on_gap=partial(self.on_gap, rank)) for rank in range(num_ranks)
         ]
         self.joined: list[int] = []
         while len(self.joined) < num_ranks:
-            assert self.publisher.socket.poll(WAIT_MS)
+            assert self.publisher.sockets[0].poll(WAIT_MS)
             change = self.publisher.read_subscription()
             if change is not None:
                 assert change[1]
@@ -55,7 +55,7 @@ class StepPair:
 
     def inject(self, epoch: int, seq: int) -> None:
         """Publish an empty step with numbers of the test's choice."""
-        self.publisher.socket.send(pack_step_header(StepKind.STEP, epoch, seq))
+        self.publisher.sockets[0].send(pack_step_header(StepKind.STEP, epoch, seq))
 
 
 @pytest.fixture
@@ -65,13 +65,13 @@ def pair(context: Context) -> StepPair:
 
 @pytest.fixture
 def results(context: Context) -> tuple[ResultCollector, ResultPusher]:
-    return ResultCollector(context, "inproc://result", epoch=EPOCH), ResultPusher(context, "inproc://result", epoch=EPOCH, rank=3)
+    return ResultCollector(context, ["inproc://result"], epoch=EPOCH), ResultPusher(context, "inproc://result", epoch=EPOCH, rank=3)
 
 
 def test_a_handshake_then_every_frame_in_order(context: Context) -> None:
     pair = StepPair(context, 3)
     assert sorted(pair.joined) == [0, 1, 2]
-    collector = ResultCollector(context, "inproc://result", epoch=EPOCH)
+    collector = ResultCollector(context, ["inproc://result"], epoch=EPOCH)
     pushers = [ResultPusher(context, "inproc://result", epoch=EPOCH, rank=rank) for rank in range(3)]
     assert pair.publisher.publish(StepKind.SYNC) == 0
     for rank, pusher in enumerate(pushers):
@@ -79,7 +79,7 @@ def test_a_handshake_then_every_frame_in_order(context: Context) -> None:
         pusher.push(ResultKind.SYNC_ACK, 0)
     ready = set()
     for _ in pushers:
-        assert collector.socket.poll(WAIT_MS)
+        assert collector.sockets[0].poll(WAIT_MS)
         frame = collector.receive()
         assert frame is not None
         ready.add((frame.kind, frame.rank, frame.seq))
@@ -94,7 +94,7 @@ def test_a_rank_that_leaves_is_seen(pair: StepPair) -> None:
     pair.subscribers[0].close()
     changes: list[tuple[int, bool] | None] = []
     while len(changes) < 2:
-        assert pair.publisher.socket.poll(WAIT_MS)
+        assert pair.publisher.sockets[0].poll(WAIT_MS)
         changes.append(pair.publisher.read_subscription())
     assert set(changes) == {(0, False), None}  # its own topic, and the common one
 
@@ -202,7 +202,7 @@ def test_more_frames_beyond_a_gap_than_can_be_in_flight_are_an_error_that_says_w
     ids=["short", "wrong magic", "wrong version"],
 )
 def test_a_malformed_frame_is_an_error(pair: StepPair, frame: bytes, error: type[Exception]) -> None:
-    pair.publisher.socket.send(frame)
+    pair.publisher.sockets[0].send(frame)
     with pytest.raises(error):
         pair.subscribers[0].receive(WAIT_MS)
 
@@ -245,7 +245,7 @@ def test_buffers_arrive_as_they_were(pair: StepPair, results: tuple[ResultCollec
     answered = (ResultKind.OUTPUT, 0, *ValueEncoder().encode(back))
     pushing = threading.Thread(target=pusher.push, args=answered, kwargs={"busy_us": 5})  # it returns when nobody holds the buffers
     pushing.start()
-    assert collector.socket.poll(WAIT_MS)
+    assert collector.sockets[0].poll(WAIT_MS)
     answer = collector.receive()
     assert answer is not None
     assert (answer.kind, answer.seq, answer.rank, answer.busy_us) == (ResultKind.OUTPUT, 0, 3, 5)
@@ -264,7 +264,7 @@ def test_the_collector_never_waits_and_drops_foreign_answers(results: tuple[Resu
         collector.receive()
     pusher.socket.send(pack_result_header(ResultKind.ACK, EPOCH + 1, 0, 0, 0))
     pusher.push(ResultKind.ACK, 4)
-    assert collector.socket.poll(WAIT_MS)
+    assert collector.sockets[0].poll(WAIT_MS)
     assert collector.receive() is None
     frame = collector.receive()
     assert frame is not None
@@ -275,7 +275,7 @@ def test_a_bad_answer_does_not_take_the_next_with_it(results: tuple[ResultCollec
     collector, pusher = results
     pusher.socket.send_multipart([b"rubbish", b"of", b"several parts"])
     pusher.push(ResultKind.BYE, 0)
-    assert collector.socket.poll(WAIT_MS)
+    assert collector.sockets[0].poll(WAIT_MS)
     with pytest.raises(BadFrameError):
         collector.receive()
     frame = collector.receive()
@@ -283,10 +283,11 @@ def test_a_bad_answer_does_not_take_the_next_with_it(results: tuple[ResultCollec
     assert frame.kind is ResultKind.BYE
 
 
+@pytest.mark.parametrize("others", [[], ["inproc://bound"]], ids=["alone", "after another"])
 @pytest.mark.parametrize("end", [StepPublisher, ResultCollector, ControlServer], ids=lambda end: end.__name__)
-def test_an_endpoint_that_cannot_be_bound_is_named_and_leaves_no_socket(end: Any) -> None:
+def test_an_endpoint_that_cannot_be_bound_is_named_and_leaves_no_socket(end: Any, others: list[str]) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     options = {} if end is ControlServer else {"epoch": 1}
     with pytest.raises(LaunchError, match="cannot bind ipc:///nowhere/at/all"):
-        end(context, "ipc:///nowhere/at/all", **options)
+        end(context, [*others, "ipc:///nowhere/at/all"], **options)
     context.term()  # would wait for ever for a socket that was left open

@@ -29,11 +29,11 @@ class Wire:
     """Publishes values as a worker group does; ``send`` returns the parts of the message as a rank's socket has them."""
 
     def __init__(self, context: Context) -> None:
-        self._publisher = StepPublisher(context, "inproc://step", epoch=0xFFFF_FFFF)
+        self._publisher = StepPublisher(context, ["inproc://step"], epoch=0xFFFF_FFFF)
         self._subscriber = context.socket(zmq.SUB)
         self._subscriber.subscribe(STEP_TOPIC)
         self._subscriber.connect("inproc://step")
-        self._publisher.socket.recv()
+        self._publisher.sockets[0].recv()
         self._encoder = ValueEncoder()
 
     def send(self, value: object) -> list[bytes]:

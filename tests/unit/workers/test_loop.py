@@ -53,14 +53,14 @@ class Rig:
 
     def __init__(self, output_ranks: tuple[int, ...] = (0,)) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.publisher = StepPublisher(self.context, "inproc://step", epoch=EPOCH)
-        self.collector = ResultCollector(self.context, "inproc://result", epoch=EPOCH)
+        self.publisher = StepPublisher(self.context, ["inproc://step"], epoch=EPOCH)
+        self.collector = ResultCollector(self.context, ["inproc://result"], epoch=EPOCH)
         self.pusher = ResultPusher(self.context, "inproc://result", epoch=EPOCH, rank=0)
         self.subscriber = StepSubscriber(
             self.context, "inproc://step", epoch=EPOCH, rank=0, on_gap=lambda seq: self.pusher.push(ResultKind.GAP, seq)
         )
         for _ in range(2):
-            assert self.publisher.socket.poll(WAIT_MS)
+            assert self.publisher.sockets[0].poll(WAIT_MS)
             self.publisher.read_subscription()
         self.status = RankStatus()
         worker = Recorder()
@@ -83,7 +83,7 @@ class Rig:
 
     def answers(self) -> list[ResultFrame]:
         frames: list[ResultFrame] = []
-        while self.collector.socket.poll(0):
+        while self.collector.sockets[0].poll(0):
             frame = self.collector.receive()
             assert frame is not None
             frames.append(frame)
@@ -142,7 +142,7 @@ def test_large_arrays_pass_through(rig: Rig) -> None:
     rig.publisher.publish(StepKind.STOP)
     running = threading.Thread(target=rig.loop.run)  # it goes on when nobody holds the answer
     running.start()
-    assert rig.collector.socket.poll(WAIT_MS)
+    assert rig.collector.sockets[0].poll(WAIT_MS)
     (frame,) = rig.answers()
     np.testing.assert_array_equal(value_of(frame)["inputs"][0], array)
     del frame
@@ -188,8 +188,8 @@ def test_a_malformed_call_ends_the_loop(rig: Rig, body: object) -> None:
 
 
 def test_nothing_beyond_a_gap_is_done_before_it_is_filled(rig: Rig) -> None:
-    rig.publisher.socket.send(pack_step_header(StepKind.STOP, EPOCH, 1))
-    rig.loop._check_parent = lambda: rig.publisher.socket.send(pack_step_header(StepKind.SYNC, EPOCH, 0))  # once the rank waits
+    rig.publisher.sockets[0].send(pack_step_header(StepKind.STOP, EPOCH, 1))
+    rig.loop._check_parent = lambda: rig.publisher.sockets[0].send(pack_step_header(StepKind.SYNC, EPOCH, 0))  # once the rank waits
     rig.loop.run()
     assert [(frame.kind, frame.seq) for frame in rig.answers()] == [(ResultKind.GAP, 0), (ResultKind.SYNC_ACK, 0), (ResultKind.BYE, 1)]
 
