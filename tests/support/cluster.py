@@ -112,6 +112,7 @@ class Cluster:
         fd, path = tempfile.mkstemp(".json", "rsh", self.directory)
         with open(fd, "w") as file:
             settings = {"server": str(self._rsh_socket), "banner": banner, "delay_s": delay_s, "runtime_dir": RUNTIME_DIR}
+            settings["pythonpath"] = os.environ.get("PYTHONPATH", "")  # what is installed here is installed there
             json.dump({"hosts": {**hosts, **by_address}, **settings}, file)
         return shlex.join([sys.executable, "-I", "-S", str(RSH_CLIENT), path])
 

@@ -93,7 +93,11 @@ def write_all(fd: int, data: bytes) -> None:
 
 def ask_for_server(config: dict[str, Any], host: str, command: str) -> int:
     """Have a server started for one command, and return its port; 0 where there can be none."""
-    request = {"host": config["hosts"][host], "banner": config["banner"], "runtime_dir": config["runtime_dir"], "command": command}
+    request = {
+        "host": config["hosts"][host],
+        "command": command,
+        **{name: config[name] for name in ("banner", "runtime_dir", "pythonpath")},
+    }
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(config["server"])
         server.sendall(json.dumps(request).encode())

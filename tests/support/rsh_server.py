@@ -86,6 +86,8 @@ def run(channels: list[socket.socket], peer: tuple[str, int], request: dict[str,
         "USER": "root",
         "XDG_RUNTIME_DIR": request["runtime_dir"],
     }
+    if request["pythonpath"]:
+        environment["PYTHONPATH"] = request["pythonpath"]
     os.execve("/bin/sh", ["sh", "-c", request["command"]], environment)
 
 

@@ -116,6 +116,7 @@ class SshServers:
             self.stop(index)
 
     def _server_settings(self, host: ClusterHost) -> str:
+        path = os.environ.get("PYTHONPATH", "")  # what is installed here is installed there
         return f"""
             ListenAddress {host.address}
             Port {self._port}
@@ -130,7 +131,7 @@ class SshServers:
             UseDNS no
             PidFile none
             MaxStartups {self._max_startups}
-            SetEnv XDG_RUNTIME_DIR=/run/user/{os.getuid()}
+            SetEnv XDG_RUNTIME_DIR=/run/user/{os.getuid()} {f"PYTHONPATH={path}" if path else ""}
         """
 
     def _write_client_files(self) -> None:

@@ -52,6 +52,7 @@ MAY_TELL_THE_TIME = {
 # Where asserts stand for the type checker or an invariant of the code around them. Whatever reads bytes of others has none.
 MAY_ASSERT = {
     "zspmd.runtime.driver.faults": "what was seen of a rank fits its kind",
+    "zspmd.runtime.driver.launch_site": "started only once prepared",
     "zspmd.runtime.driver.processes": "a rank that is welcomed has a connection",
     "zspmd.runtime.driver.script_launch": "used only once started",
     "zspmd.runtime.engine.blocks": "a full block has a digest",
@@ -62,6 +63,8 @@ MAY_ASSERT = {
     "zspmd.runtime.launch.dial_link": "one agent at a time",
     "zspmd.runtime.launch.dial_nodes": "a node that is awaited has called",
     "zspmd.runtime.launch.dial_out": "an agent that runs has a stream",
+    "zspmd.runtime.launch.agent_link": "pipes that it has asked for itself",
+    "zspmd.runtime.launch.assembly": "every node was examined before",
     "zspmd.runtime.launch.rank_starting": "used only while open",
     "zspmd.runtime.launch.supervisor": "used only once started",
     "zspmd.runtime.programs.generate": "a finished request has an output",

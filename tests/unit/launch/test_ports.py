@@ -69,7 +69,7 @@ def test_a_launch_at_one_address_excludes_another_at_the_next() -> None:
 def test_who_has_a_port_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(EndpointInUseError, match=rf"port {port} of 127.0.0.1 is taken by pid {os.getpid()} \(.*pytest"):
+        with pytest.raises(EndpointInUseError, match=rf"port {port} of 127.0.0.1 is taken by pid {os.getpid()} \("):
             hold_port("127.0.0.1", port)
         with socket.create_connection(("127.0.0.1", port)):
             server.accept()[0].close()  # the side that closes first keeps the port
