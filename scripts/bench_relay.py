@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zspmd.runtime.launch.agent_protocol import RelayOrder
-from zspmd.runtime.launch.relay import Relay
+from zspmd.runtime.launch.nodes.relay import Relay
 from zspmd.transport.door import Door
 from zspmd.transport.frames import ResultKind, StepKind
 from zspmd.transport.security import RankKeys, tcp_endpoint

@@ -29,8 +29,8 @@ GROUP_FAULTS, WATCH_TESTS, CONTROL_TESTS = (
     "tests/unit/driver/test_watch.py",
     "tests/unit/driver/test_control.py",
 )
-LEASE, DUTIES, ASSEMBLY = "runtime/launch/lease.py", "runtime/launch/node_duties.py", "runtime/launch/assembly.py"
-REMOTE, PORTS, PROCESS = "runtime/launch/remote_agent.py", "runtime/launch/ports.py", "process.py"
+LEASE, DUTIES, ASSEMBLY = "runtime/launch/nodes/lease.py", "runtime/launch/nodes/node_duties.py", "runtime/launch/nodes/assembly.py"
+REMOTE, PORTS, PROCESS = "runtime/launch/nodes/remote_agent.py", "runtime/launch/ports.py", "process.py"
 NODES, NODES_LOST, NODES_START = (f"tests/faults/test_script_nodes{part}.py" for part in ("", "_lost", "_start"))
 ESCAPED = f"{NODES}::test_what_a_rank_of_another_node_has_started_ends_with_it_and_strangers_live_on"
 CUT = f"{NODES_LOST}::test_a_node_behind_a_cut_link_is_lost_on_both_sides_and_stays_so"

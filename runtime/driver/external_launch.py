@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from ...errors import TopologyError
-from ..launch.dial_keys import take_secret
-from ..launch.dial_place import DialPlace, external_place, find_driver
-from ..launch.external import read_external
+from ..launch.dial.dial_keys import take_secret
+from ..launch.dial.dial_place import DialPlace, external_place, find_driver
+from ..launch.dial.external import read_external
 
 
 def find_place(*, world_size: int | None, launch_id: str | None, master_addr: str | None, lease_s: float) -> DialPlace:

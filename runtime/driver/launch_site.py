@@ -19,7 +19,7 @@ from ...transport.schema import pack_record
 from ..launch.agent_protocol import RelayOrder, Start
 from ..launch.launch_record import LaunchRecord
 from ..launch.launch_supervisor import LaunchSupervisor, OnEvent
-from ..launch.nodes_request import NodesRequest
+from ..launch.nodes.nodes_request import NodesRequest
 from ..launch.plan import LaunchPlan, plan_local
 from ..launch.ports import hold_port, reserve_port
 from ..launch.resources import shortages_named
@@ -28,8 +28,8 @@ from ..launch.supervisor import AgentLost
 from .routes import Routes
 
 if TYPE_CHECKING:
-    from ..launch.dial_nodes import DialNodes
-    from ..launch.dial_place import DialPlace
+    from ..launch.dial.dial_nodes import DialNodes
+    from ..launch.dial.dial_place import DialPlace
 
 LOCAL_ADDRESS = "127.0.0.1"
 
@@ -189,7 +189,7 @@ class LaunchSite:
             await self._callers.aclose(exit_code)
 
     async def _wait_callers(self, place: DialPlace) -> None:
-        from ..launch.dial_nodes import DialNodes
+        from ..launch.dial.dial_nodes import DialNodes
 
         self._callers = DialNodes(
             place,
@@ -220,7 +220,7 @@ class LaunchSite:
         )
 
     async def _plan_nodes(self) -> LaunchPlan:
-        from ..launch.assembly import Assembly  # what a launch on one node need not wait for
+        from ..launch.nodes.assembly import Assembly  # what a launch on one node need not wait for
 
         assembly = Assembly(self._request, self._on_event, lease_s=self._lease_s, cleanups=self.cleanups)
         self.supervisor = await assembly.open()

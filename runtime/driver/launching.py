@@ -13,12 +13,12 @@ from ...config import Deadlines, NodesConfig, ParallelConfig
 from ...errors import ConfigError, TopologyError
 from ...transport.security import check_bind_address
 from ..launch.devices import detect_devices
-from ..launch.hosts import Host as Host
+from ..launch.hosts.host import Host as Host
 from ..launch.launch_id import check_launch_id, generate_launch_id
 from .recording import FileRecorder, GroupRecorder, check_recording_path
 
 if TYPE_CHECKING:
-    from ..launch.dial_place import DialPlace
+    from ..launch.dial.dial_place import DialPlace
     from .group import WorkerGroup
 
 MAX_WINDOW = 256
@@ -176,9 +176,9 @@ def read_hosts(hosts: str | os.PathLike[str] | Sequence[str | Host], config: Nod
         HostfileError: entries that cannot be read, all of them.
         ConfigError: there are none.
     """
-    from ..launch.host_lists import parse_hosts
-    from ..launch.host_selection import select_hosts
-    from ..launch.hostfile import read_hostfile
+    from ..launch.hosts.host_lists import parse_hosts
+    from ..launch.hosts.host_selection import select_hosts
+    from ..launch.hosts.hostfile import read_hostfile
 
     notes: list[str] = []
     if isinstance(hosts, (str, os.PathLike)):

@@ -26,8 +26,8 @@ from ...transport.records import Welcome
 from ...transport.sockets import ResultCollector, StepPublisher
 from ..launch.agent_protocol import AgentGone, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Start
 from ..launch.launch_supervisor import NodeEvent
-from ..launch.node_records import RelayLost
-from ..launch.nodes_request import NodesRequest
+from ..launch.nodes.node_records import RelayLost
+from ..launch.nodes.nodes_request import NodesRequest
 from ..launch.orders import node_order
 from ..launch.resources import check_resources, shortages_named
 from ..launch.supervisor import AgentLost
@@ -108,8 +108,7 @@ class GroupProcesses:
             config=config.nodes,
             world_size=config.parallel.world_size,
             devices=config.devices,
-            cwd=os.getcwd(),
-            script=config.main_path and os.path.join(os.getcwd(), config.main_path),
+            script=config.main_path,
             bind=config.bind,
         )
         return LaunchSite(

@@ -70,6 +70,6 @@ class Routes:
 
 
 def _has_relay(mode: str, num_ranks: int) -> bool:
-    from ..launch.relay import choose_relay  # what a launch on one node need not wait for
+    from ..launch.nodes.relay import choose_relay  # what a launch on one node need not wait for
 
     return choose_relay(mode, num_ranks)

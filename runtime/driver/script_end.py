@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import LaunchError, NodeLostError
-from ..launch.exit_codes import NODE_LOST, TIMED_OUT
-from ..launch.options import ScriptOptions
+from ..launch.command.exit_codes import NODE_LOST, TIMED_OUT
+from ..launch.command.options import ScriptOptions
+from ..launch.command.report import build_report, write_report
 from ..launch.plan import LaunchPlan
-from ..launch.report import build_report, write_report
 from .script_faults import RankEnd, cause_of, exit_code_of, first_cause, summarise, summarise_loss
 
 

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from ...errors import describe_exit
-from ..launch.folding import fold_numbers
+from ..launch.command.folding import fold_numbers
 from .faults import is_peer_loss
 
 MAX_TRACEBACK_LINES = 80

@@ -21,10 +21,10 @@ from collections import deque
 
 from ...errors import LaunchError, NodeLostError
 from ..launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog
+from ..launch.command.options import ScriptOptions
+from ..launch.command.plan_text import describe_nodes
+from ..launch.command.script_console import ScriptConsole
 from ..launch.launch_supervisor import AllGone, NodeEvent
-from ..launch.options import ScriptOptions
-from ..launch.plan_text import describe_nodes
-from ..launch.script_console import ScriptConsole
 from ..launch.supervisor import AgentLost
 from .script_end import ScriptEnd
 from .script_faults import RankEnd

@@ -12,9 +12,9 @@ import zmq
 from ...errors import NodeLostError, ProtocolError
 from ...transport.control_sockets import ControlServer
 from ..launch.agent_protocol import Start
+from ..launch.command.options import ScriptOptions
 from ..launch.launch_supervisor import LaunchSupervisor, OnEvent
-from ..launch.nodes_request import NodesRequest
-from ..launch.options import ScriptOptions
+from ..launch.nodes.nodes_request import NodesRequest
 from ..launch.orders import node_order
 from ..launch.plan import LaunchPlan, plan_local
 from ..launch.resources import check_resources, shortages_named

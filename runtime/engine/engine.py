@@ -40,7 +40,7 @@ from .statistics import SchedulerStatistics
 from .streams import Completion, RequestStream, build_stream
 
 if TYPE_CHECKING:
-    from ..launch.dial_place import DialPlace
+    from ..launch.dial.dial_place import DialPlace
 
 WORKER = "zspmd.workers.model_worker:ModelWorker"
 

@@ -47,7 +47,7 @@ from .agent_protocol import (
     Start,
     Stop,
 )
-from .node_duties import NodeDuties, with_own_environment
+from .nodes.node_duties import NodeDuties, with_own_environment
 from .rank_process import RankProcess
 from .rank_starting import Zygote, spawn_rank
 from .record_stream import RecordStream

@@ -35,19 +35,19 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import uvloop
 
 from ...errors import ConfigError, ZspmdError
-from .command_options import ignored_options, is_script, launch_options, script_options, wants_logs
-from .exit_codes import exit_code
-from .launcher_process import is_output_closed, open_standard_streams, orphans_ended, run_as_launcher
-from .log_directory import log_path, open_log_directory
-from .option_parser import build_parser
-from .option_values import make_log_dir
-from .options import LaunchOptions as LaunchOptions
-from .options import ScriptOptions
-from .plan_text import describe_program, describe_script, dry_plan, plan_facts
-from .running import run_node, run_program, run_script
+from .command.command_options import ignored_options, is_script, launch_options, script_options, wants_logs
+from .command.exit_codes import exit_code
+from .command.launcher_process import is_output_closed, open_standard_streams, orphans_ended, run_as_launcher
+from .command.log_directory import log_path, open_log_directory
+from .command.option_parser import build_parser
+from .command.option_values import make_log_dir
+from .command.options import LaunchOptions as LaunchOptions
+from .command.options import ScriptOptions
+from .command.plan_text import describe_program, describe_script, dry_plan, plan_facts
+from .command.running import run_node, run_program, run_script
 
 if TYPE_CHECKING:
-    from .dial_place import DialPlace
+    from .dial.dial_place import DialPlace
 
 _PROGRAMS = "zspmd.runtime.programs"
 _REPORT_NAME = "report.json"

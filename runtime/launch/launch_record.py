@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from ... import __version__
 from ...config import NodesConfig
 from ...errors import ConfigError
-from .agent_link import rsh_argv
-from .hosts import Host
-from .launcher_process import launcher_kind
+from .command.launcher_process import launcher_kind
+from .hosts.host import Host
+from .nodes.agent_link import rsh_argv
 from .plan import LaunchPlan
 
 RECORD_NAME = "launch.json"

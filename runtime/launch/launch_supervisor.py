@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...errors import LaunchError
-from .agent_link import AgentLink, is_refused_for_load
 from .agent_protocol import AgentGone, Start
+from .nodes.agent_link import AgentLink, is_refused_for_load
 from .run_directory import RunDirectory
 from .supervisor import AgentLost, Event, NodeSupervisor
 

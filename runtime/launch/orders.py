@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ...config import NodesConfig
 from .agent_protocol import RankStart, RelayOrder, Start
-from .forwarded import forwarded_environment, program_paths
+from .nodes.forwarded import forwarded_environment, program_paths
 from .plan import LaunchPlan
 
 # (rank, what its environment is made from) -> its whole environment

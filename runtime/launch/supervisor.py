@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from ...errors import BadFrameError, LaunchError, describe_exit
 from ...transport.schema import pack_record
-from .agent_link import AgentLink
 from .agent_process import AgentProcess
 from .agent_protocol import (
     AgentGone,
@@ -28,10 +27,11 @@ from .agent_protocol import (
     Start,
     Stop,
 )
-from .check_records import MachineChecks
-from .node_facts import NodeFacts
-from .node_records import Listening, Prepared, Reached, RelayLost
-from .remote_agent import RemoteAgent
+from .checks.check_records import MachineChecks
+from .nodes.agent_link import AgentLink
+from .nodes.node_facts import NodeFacts
+from .nodes.node_records import Listening, Prepared, Reached, RelayLost
+from .nodes.remote_agent import RemoteAgent
 from .run_directory import RunDirectory
 
 # Beyond the moments that an order names: for the agent to reap, to report and to end.

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 from ...config import NodesConfig
 from ...errors import ConfigError, LaunchError
 from ..launch.agent_protocol import RankExited, RankLog, RankStart, Start
-from ..launch.check_records import FAIL, OK, Check
-from ..launch.checks import MACHINE_CHECKS
+from ..launch.checks.check_records import FAIL, OK, Check
+from ..launch.checks.machine import MACHINE_CHECKS
+from ..launch.checks.torch_check import ASK_TORCH, TORCH_S, judge_torch, slow_torch
 from ..launch.devices import num_cuda_devices
-from ..launch.host_lists import parse_host_list
-from ..launch.host_selection import select_hosts
-from ..launch.hostfile import read_hostfile
-from ..launch.hosts import Host
+from ..launch.hosts.host import Host
+from ..launch.hosts.host_lists import parse_host_list
+from ..launch.hosts.host_selection import select_hosts
+from ..launch.hosts.hostfile import read_hostfile
 from ..launch.supervisor import AgentLost, Event, NodeSupervisor
-from ..launch.torch_check import ASK_TORCH, TORCH_S, judge_torch, slow_torch
 
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions
@@ -95,7 +95,7 @@ async def _examine_machine(tell: Tell) -> None:
 
 
 async def _examine_hosts(hosts: Sequence[Host], nodes: NodesConfig, script: str, tell: Tell) -> None:
-    from ..launch.examination import examine_nodes
+    from ..launch.checks.examination import examine_nodes
 
     for host, checks in await examine_nodes(hosts, nodes, cwd=os.getcwd(), script=script):
         for check in checks:

@@ -16,8 +16,8 @@ from ...transport.security import check_bind_address
 from ..engine.checkpoint import open_checkpoint
 from ..engine.engine import Engine
 from ..engine.outputs import RequestOutput
-from ..launch.console import RankConsole
-from ..launch.rank_prefixes import rank_hosts
+from ..launch.command.console import RankConsole
+from ..launch.command.rank_prefixes import rank_hosts
 
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions

@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ..launch.folding import fold_numbers
-from ..launch.log_files import STREAMS, LogFile, find_log_files
+from ..launch.command.folding import fold_numbers
+from ..launch.command.log_files import STREAMS, LogFile, find_log_files
 
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions

@@ -22,7 +22,7 @@ from ..driver.group import WorkerGroup
 from ..driver.launching import GroupConfig
 from ..driver.pending import PendingReply
 from ..driver.recording import describe_fault
-from ..launch.console import RankConsole
+from ..launch.command.console import RankConsole
 from ..launch.plan import plan_local
 from ..launch.ports import first_candidate
 from ..launch.run_directory import run_directory_path

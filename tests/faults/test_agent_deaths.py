@@ -29,7 +29,9 @@ while True: signal.pause()
 """
 DRIVER = """
 import asyncio, json, os, signal, sys
-from zspmd.runtime.launch import agent_process, run_directory, supervisor
+from zspmd.runtime.launch import agent_process
+from zspmd.runtime.launch import run_directory
+from zspmd.runtime.launch import supervisor
 from zspmd.runtime.launch.agent_protocol import RankLog, RankStart, Start
 from zspmd.runtime.launch.run_directory import RunDirectory
 from zspmd.runtime.launch.supervisor import NodeSupervisor

@@ -19,9 +19,9 @@ from support.script_nodes import script_nodes as script_nodes
 
 from zspmd.config import NodesConfig
 from zspmd.errors import LaunchError
-from zspmd.runtime.launch.agent_link import RshLink
 from zspmd.runtime.launch.agent_protocol import AgentGone, AgentWarning, RankExited, RankLog, RankStart, Start
-from zspmd.runtime.launch.hosts import Host
+from zspmd.runtime.launch.hosts.host import Host
+from zspmd.runtime.launch.nodes.agent_link import RshLink
 from zspmd.runtime.launch.supervisor import AgentLost, Event, NodeSupervisor
 
 E = TypeVar("E")

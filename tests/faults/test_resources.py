@@ -28,7 +28,7 @@ from support.script_runs import RUN, script
 
 from zspmd.errors import LaunchError, WorkerExitedError, WorkerRaisedError
 from zspmd.runtime.launch.agent_protocol import RankStart, Start
-from zspmd.runtime.launch.exit_codes import START_FAILED
+from zspmd.runtime.launch.command.exit_codes import START_FAILED
 from zspmd.runtime.launch.resources import num_files_needed
 from zspmd.runtime.launch.supervisor import NodeSupervisor
 from zspmd.transport.recording import EntryFile, EntryKind

@@ -138,8 +138,8 @@ import asyncio, os, sys
 import uvloop
 from zspmd import ParallelConfig
 from zspmd.runtime.launch.agent_protocol import RankLog, RankStart, Start
-from zspmd.runtime.launch.options import LaunchOptions
-from zspmd.runtime.launch.running import run_program
+from zspmd.runtime.launch.command.options import LaunchOptions
+from zspmd.runtime.launch.command.running import run_program
 from zspmd.runtime.launch.supervisor import NodeSupervisor
 
 def show(event):

@@ -26,7 +26,7 @@ from support.tcp_proxy import Direction, Harm, Passing, TcpProxy, messages, pass
 
 import zspmd
 from zspmd.errors import AnswerLostError, WorkerExitedError
-from zspmd.runtime.driver import processes, watch
+from zspmd.runtime.driver import launch_site, processes, watch
 from zspmd.transport import security
 from zspmd.transport.records import Bootstrap, Welcome
 
@@ -44,8 +44,11 @@ class Proxies:
 
     def __enter__(self) -> Proxies:
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
-        for record, names in ((Welcome, ("step_endpoint", "result_endpoint")), (Bootstrap, ("control_endpoint",))):
-            patch.setattr(processes, record.__name__, self._redirected(record, names))
+        for user, record, names in (
+            (processes, Welcome, ("step_endpoint", "result_endpoint")),
+            (launch_site, Bootstrap, ("control_endpoint",)),
+        ):
+            patch.setattr(user, record.__name__, self._redirected(record, names))
         return self
 
     def __exit__(self, *exit_facts: object) -> None:

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from support.host_texts import reading
 
 from zspmd.errors import ConfigError, HostfileError
-from zspmd.runtime.launch.host_lists import allocation_hosts, parse_host_list, parse_hosts
-from zspmd.runtime.launch.host_ranges import expand_ranges
-from zspmd.runtime.launch.host_selection import select_hosts
-from zspmd.runtime.launch.hostfile import parse_hostfile
-from zspmd.runtime.launch.hosts import MAX_HOSTS, Host
+from zspmd.runtime.launch.hosts.host import MAX_HOSTS, Host
+from zspmd.runtime.launch.hosts.host_lists import allocation_hosts, parse_host_list, parse_hosts
+from zspmd.runtime.launch.hosts.host_ranges import expand_ranges
+from zspmd.runtime.launch.hosts.host_selection import select_hosts
+from zspmd.runtime.launch.hosts.hostfile import parse_hostfile
 
 QUICK = settings(deadline=None, max_examples=100)
 

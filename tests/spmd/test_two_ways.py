@@ -24,7 +24,7 @@ from support.polling import wait_until
 import zspmd
 from zspmd.config import NodesConfig
 from zspmd.errors import PeerLostError, WorkerExitedError
-from zspmd.runtime.launch.node_facts import own_addresses
+from zspmd.runtime.launch.nodes.node_facts import own_addresses
 from zspmd.transport.chunks import CHUNK_BYTES
 
 RSH = """#!/bin/sh

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import zspmd
-from zspmd.runtime.launch.external import read_external
+from zspmd.runtime.launch.dial.external import read_external
 
 
 class Told(zspmd.Worker):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from zspmd.runtime.launch.node_facts import CODE, NodeFacts
+from zspmd.runtime.launch.nodes.node_facts import CODE, NodeFacts
 
 VERSIONS = {"zspmd": "0.1.0", CODE: "aaaaaaaaaaaa", "torch": "2.13.0", "pyzmq": "27.1.0", "msgpack": "1.2.3", "numpy": "2.4.6"}
 FACTS = NodeFacts(

@@ -9,8 +9,8 @@ from types import ModuleType
 
 from zspmd.config import ParallelConfig
 from zspmd.errors import ZspmdError
-from zspmd.runtime.launch.exit_codes import exit_code
-from zspmd.runtime.launch.options import LaunchOptions
+from zspmd.runtime.launch.command.exit_codes import exit_code
+from zspmd.runtime.launch.command.options import LaunchOptions
 
 
 def run_program(program: ModuleType, *arguments: str) -> int:

@@ -14,8 +14,8 @@ from support.records import some_plan
 from zspmd.errors import LaunchError, NodeLostError
 from zspmd.runtime.driver.script_end import ScriptEnd
 from zspmd.runtime.driver.script_faults import RankEnd
-from zspmd.runtime.launch.command_options import script_options
-from zspmd.runtime.launch.option_parser import build_parser
+from zspmd.runtime.launch.command.command_options import script_options
+from zspmd.runtime.launch.command.option_parser import build_parser
 
 LOST = ("Traceback (most recent call last):", '  File "a.py", line 9', "RuntimeError: Connection closed by peer")
 LOSS = NodeLostError("node 1 (node1) is lost, with ranks 1: nothing was heard of it", host="node1", ranks=[1])

@@ -9,8 +9,8 @@ import pytest
 
 from zspmd.config import NodesConfig
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch.agent_link import RshLink, agent_command, is_refused_for_load, rsh_argv
-from zspmd.runtime.launch.hosts import Host
+from zspmd.runtime.launch.hosts.host import Host
+from zspmd.runtime.launch.nodes.agent_link import RshLink, agent_command, is_refused_for_load, rsh_argv
 
 AGENT = "-u -m zspmd.runtime.launch.guard --stdio"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from zspmd.runtime.launch import cgroup_limits
-from zspmd.runtime.launch.cgroup_limits import cgroup_cores, cgroup_limit
+from zspmd.runtime.launch.checks import cgroup_limits
+from zspmd.runtime.launch.checks.cgroup_limits import cgroup_cores, cgroup_limit
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from support.leaks import LeakCheck
 from support.script_runs import run
 
 from zspmd.errors import BadFrameError
-from zspmd.runtime.launch import checks
 from zspmd.runtime.launch.agent_protocol import RecordReader, encode_record
-from zspmd.runtime.launch.check_records import FAIL, OK, WARN, Check, MachineChecks
-from zspmd.runtime.launch.checks import MACHINE_CHECKS
-from zspmd.runtime.launch.leftovers import Leftover
+from zspmd.runtime.launch.checks import machine as checks
+from zspmd.runtime.launch.checks.check_records import FAIL, OK, WARN, Check, MachineChecks
+from zspmd.runtime.launch.checks.leftovers import Leftover
+from zspmd.runtime.launch.checks.machine import MACHINE_CHECKS
+from zspmd.runtime.launch.checks.torch_check import judge_torch
 from zspmd.runtime.launch.run_directory import LOCK_NAME, run_directory_path
-from zspmd.runtime.launch.torch_check import judge_torch
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -20,7 +20,7 @@ from zspmd.errors import (
 )
 from zspmd.runtime.engine.checkpoint import DEMO_MODEL
 from zspmd.runtime.launch.cli import main
-from zspmd.runtime.launch.exit_codes import exit_code
+from zspmd.runtime.launch.command.exit_codes import exit_code
 from zspmd.runtime.launch.ports import first_candidate
 
 

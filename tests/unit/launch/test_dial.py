@@ -20,12 +20,12 @@ from support.polling import wait_until
 
 from zspmd.errors import BadFrameError, ConfigError, EndpointInUseError, LaunchError, PeerLostError
 from zspmd.runtime.launch.agent_protocol import RankExited, RankLog, RankStart, Start
-from zspmd.runtime.launch.byte_tunnel import CHUNK_BYTES, WINDOW, ByteTunnel
-from zspmd.runtime.launch.dial import DialIn, dial_ports
-from zspmd.runtime.launch.dial_file import DIRECTORY_NUMBER, DialFile, wait_dial_file
-from zspmd.runtime.launch.dial_keys import DialKeys, take_secret
-from zspmd.runtime.launch.dial_out import DialOut, describe_self
-from zspmd.runtime.launch.dial_records import Call, Taken
+from zspmd.runtime.launch.dial.byte_tunnel import CHUNK_BYTES, WINDOW, ByteTunnel
+from zspmd.runtime.launch.dial.dial import DialIn, dial_ports
+from zspmd.runtime.launch.dial.dial_file import DIRECTORY_NUMBER, DialFile, wait_dial_file
+from zspmd.runtime.launch.dial.dial_keys import DialKeys, take_secret
+from zspmd.runtime.launch.dial.dial_out import DialOut, describe_self
+from zspmd.runtime.launch.dial.dial_records import Call, Taken
 from zspmd.runtime.launch.ports import hold_port
 from zspmd.runtime.launch.run_directory import RunDirectory
 from zspmd.runtime.launch.supervisor import AgentLost, NodeSupervisor

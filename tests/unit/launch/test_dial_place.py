@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch import dial_place
-from zspmd.runtime.launch.dial import dial_ports
-from zspmd.runtime.launch.dial_place import DialPlace, external_place, find_driver, manual_place
-from zspmd.runtime.launch.external import ExternalRank
+from zspmd.runtime.launch.dial import dial_place
+from zspmd.runtime.launch.dial.dial import dial_ports
+from zspmd.runtime.launch.dial.dial_place import DialPlace, external_place, find_driver, manual_place
+from zspmd.runtime.launch.dial.external import ExternalRank
 
 SECRET = b"a secret of sixteen"
 HERE = ExternalRank("torchrun", 1, 2, 1, 2, ("a",), "localhost")

@@ -14,12 +14,12 @@ from support.holdings import Holdings
 
 from zspmd.config import NodesConfig
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch import examined_host
-from zspmd.runtime.launch.check_records import FAIL, OK, WARN, Check
-from zspmd.runtime.launch.checks import MACHINE_CHECKS
-from zspmd.runtime.launch.examination import DRIVER, examine_nodes
-from zspmd.runtime.launch.hosts import Host
-from zspmd.runtime.launch.node_facts import own_addresses
+from zspmd.runtime.launch.checks import examined_host
+from zspmd.runtime.launch.checks.check_records import FAIL, OK, WARN, Check
+from zspmd.runtime.launch.checks.examination import DRIVER, examine_nodes
+from zspmd.runtime.launch.checks.machine import MACHINE_CHECKS
+from zspmd.runtime.launch.hosts.host import Host
+from zspmd.runtime.launch.nodes.node_facts import own_addresses
 
 # By what their names do; addresses, so that nobody asks a name server.
 PLAIN, LOUD, DOWN, BARE, MUTE, WEAK = (f"198.51.100.{number}" for number in range(1, 7))

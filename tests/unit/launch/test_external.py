@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch.external import find_ancestor, read_external
+from zspmd.runtime.launch.dial.external import find_ancestor, read_external
 
 TORCHRUN = {
     "RANK": "1",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from zspmd.runtime.launch.forwarded import forwarded_environment
+from zspmd.runtime.launch.nodes.forwarded import forwarded_environment
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from support.host_texts import reading
 
 from zspmd.errors import HostfileError
-from zspmd.runtime.launch.host_lists import allocation_hosts, parse_host_list, parse_hosts
-from zspmd.runtime.launch.hosts import Host
+from zspmd.runtime.launch.hosts.host import Host
+from zspmd.runtime.launch.hosts.host_lists import allocation_hosts, parse_host_list, parse_hosts
 
 COUNTED = "--host: hosts are named repeatedly, so their slots add up, one for each mention without a number: "
 LISTS: dict[str, tuple[str, list[str], list[str]]] = {

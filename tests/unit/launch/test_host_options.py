@@ -10,10 +10,10 @@ import pytest
 
 from zspmd.config import NodesConfig, ParallelConfig
 from zspmd.errors import ConfigError, HostfileError, TopologyError, ZspmdError
-from zspmd.runtime.launch.command_options import launch_options, script_options
-from zspmd.runtime.launch.host_options import ManualNode, choose_hosts, read_manual
-from zspmd.runtime.launch.option_parser import build_parser
-from zspmd.runtime.launch.options import LaunchOptions, ScriptOptions
+from zspmd.runtime.launch.command.command_options import launch_options, script_options
+from zspmd.runtime.launch.command.host_options import ManualNode, choose_hosts, read_manual
+from zspmd.runtime.launch.command.option_parser import build_parser
+from zspmd.runtime.launch.command.options import LaunchOptions, ScriptOptions
 
 BATCH = ("SLURM_JOB_NODELIST", "PBS_NODEFILE", "PE_HOSTFILE", "LSB_DJOB_HOSTFILE")
 SLURM = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NTASKS": "6", "SLURM_TASKS_PER_NODE": "2(x3)"}

@@ -8,8 +8,8 @@ import pytest
 from support.host_texts import reading
 
 from zspmd.errors import ConfigError, TopologyError
-from zspmd.runtime.launch.host_selection import select_hosts
-from zspmd.runtime.launch.hostfile import parse_hostfile
+from zspmd.runtime.launch.hosts.host_selection import select_hosts
+from zspmd.runtime.launch.hosts.hostfile import parse_hostfile
 
 HOSTS = parse_hostfile("a slots=4\nlee@b devices=4,5,6,7 port=2200\n2001:db8::1\nn[1-3]:2", "hosts")
 A, B, V6, N1, N2, N3 = reading(HOSTS)

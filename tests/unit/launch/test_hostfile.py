@@ -14,9 +14,9 @@ from support.host_texts import reading
 from support.package import ROOT
 
 from zspmd.errors import ConfigError, HostfileError
-from zspmd.runtime.launch.host_collector import MAX_PROBLEMS
-from zspmd.runtime.launch.hostfile import MAX_FILE_BYTES, parse_hostfile, read_hostfile
-from zspmd.runtime.launch.hosts import MAX_HOSTS
+from zspmd.runtime.launch.hosts.host import MAX_HOSTS
+from zspmd.runtime.launch.hosts.host_collector import MAX_PROBLEMS
+from zspmd.runtime.launch.hosts.hostfile import MAX_FILE_BYTES, parse_hostfile, read_hostfile
 
 COUNTED = "hosts: hosts are named repeatedly, so their slots add up, one for each mention without a number: "
 

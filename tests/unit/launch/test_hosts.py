@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch.hosts import Host
+from zspmd.runtime.launch.hosts.host import Host
 
 
 def test_a_host_has_a_target_and_a_key() -> None:

@@ -14,7 +14,7 @@ from support.records import SomeProcesses, some_plan
 
 from zspmd.config import NodesConfig
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch.hosts import Host
+from zspmd.runtime.launch.hosts.host import Host
 from zspmd.runtime.launch.launch_record import RECORD_NAME, LaunchRecord, process_start
 from zspmd.runtime.launch.live_launches import choose_name, find_launch, is_held, live_launches
 from zspmd.runtime.launch.run_directory import RunDirectory

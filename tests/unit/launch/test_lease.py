@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from zspmd.runtime.launch.lease import Lease, PeerClock
+from zspmd.runtime.launch.nodes.lease import Lease, PeerClock
 
 LEASE_S = 0.2
 

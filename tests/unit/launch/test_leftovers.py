@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zspmd.runtime.launch import leftovers
-from zspmd.runtime.launch.leftovers import Leftover, find_leftovers
+from zspmd.runtime.launch.checks import leftovers
+from zspmd.runtime.launch.checks.leftovers import Leftover, find_leftovers
 
 OWN = os.getpid()
 

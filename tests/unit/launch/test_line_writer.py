@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from support.polling import block_until
 
-from zspmd.runtime.launch import line_writer
-from zspmd.runtime.launch.line_writer import LineWriter
+from zspmd.runtime.launch.command import line_writer
+from zspmd.runtime.launch.command.line_writer import LineWriter
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from zspmd.errors import ConfigError
 from zspmd.runtime.launch.cli import main
-from zspmd.runtime.launch.log_directory import LauncherLog, log_path, open_log_directory, remove_old_directories, state_path
+from zspmd.runtime.launch.command.log_directory import LauncherLog, log_path, open_log_directory, remove_old_directories, state_path
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 from support.facts import facts
 
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch.hosts import Host
-from zspmd.runtime.launch.preflight import choose_address, driver_address
+from zspmd.runtime.launch.hosts.host import Host
+from zspmd.runtime.launch.nodes.preflight import choose_address, driver_address
 
 NICS = ("lo 127.0.0.1", "lo ::1", "eth0 10.0.0.1", "eth0 fe80::1", "ib0 192.168.7.1", "docker0 172.17.0.1", "eth0 fd00::1")
 ALL = "eth0 10.0.0.1, ib0 192.168.7.1, docker0 172.17.0.1, eth0 fd00::1"

@@ -18,9 +18,9 @@ from support.polling import block_until
 
 import zspmd
 from zspmd.errors import BadFrameError
-from zspmd.runtime.launch import node_facts
 from zspmd.runtime.launch.agent_protocol import AgentRecord, RecordReader, encode_record
-from zspmd.runtime.launch.node_facts import CODE, UNLIMITED, Examine, NodeFacts, code_digest, gather_facts, own_addresses
+from zspmd.runtime.launch.nodes import node_facts
+from zspmd.runtime.launch.nodes.node_facts import CODE, UNLIMITED, Examine, NodeFacts, code_digest, gather_facts, own_addresses
 
 
 def test_the_facts_are_those_of_this_machine(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_nothing_is_looked_for_where_nothing_is_named() -> None:
 
 def test_no_package_of_ranks_is_imported() -> None:
     program = (
-        "import sys; from zspmd.runtime.launch.node_facts import Examine, gather_facts; before = 'psutil' in sys.modules; "
+        "import sys; from zspmd.runtime.launch.nodes.node_facts import Examine, gather_facts; before = 'psutil' in sys.modules; "
         "gather_facts(Examine('/')); print(before, [name for name in ('torch', 'numpy', 'zmq', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

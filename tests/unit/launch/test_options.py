@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from zspmd.errors import ConfigError, TopologyError, ZspmdError
-from zspmd.runtime.launch import option_values
-from zspmd.runtime.launch.command_options import ignored_options, is_script, launch_options, script_options, wants_logs
-from zspmd.runtime.launch.option_parser import build_parser
-from zspmd.runtime.launch.options import ScriptOptions
+from zspmd.runtime.launch.command import option_values
+from zspmd.runtime.launch.command.command_options import ignored_options, is_script, launch_options, script_options, wants_logs
+from zspmd.runtime.launch.command.option_parser import build_parser
+from zspmd.runtime.launch.command.options import ScriptOptions
 
 
 @pytest.fixture(autouse=True)

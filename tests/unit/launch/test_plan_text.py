@@ -10,11 +10,11 @@ import pytest
 
 from zspmd.config import NodesConfig, ParallelConfig
 from zspmd.runtime.launch.cli import main
-from zspmd.runtime.launch.folding import fold_numbers
-from zspmd.runtime.launch.hosts import Host
-from zspmd.runtime.launch.options import LaunchOptions
+from zspmd.runtime.launch.command.folding import fold_numbers
+from zspmd.runtime.launch.command.options import LaunchOptions
+from zspmd.runtime.launch.command.plan_text import describe_nodes
+from zspmd.runtime.launch.hosts.host import Host
 from zspmd.runtime.launch.plan import LaunchPlan, NodePlan, RankPlan
-from zspmd.runtime.launch.plan_text import describe_nodes
 from zspmd.runtime.launch.ports import first_candidate
 
 HOSTFILE = "localhost slots=2\nlee@no.such.host.invalid slots=2 port=2222 addr=10.0.0.2 iface=eth1 devices=4,5\nspare:2\n"

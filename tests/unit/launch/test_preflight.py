@@ -8,8 +8,8 @@ import pytest
 from support.facts import FACTS, facts
 
 from zspmd.errors import LaunchError, PreflightError
-from zspmd.runtime.launch.node_facts import CODE, UNLIMITED
-from zspmd.runtime.launch.preflight import (
+from zspmd.runtime.launch.nodes.node_facts import CODE, UNLIMITED
+from zspmd.runtime.launch.nodes.preflight import (
     NodeProblem,
     Place,
     check_capacity,

@@ -9,8 +9,8 @@ import time
 import pytest
 from support.polling import wait_until
 
-from zspmd.runtime.launch import reach as reach_module
-from zspmd.runtime.launch.reach import NONCE_BYTES, Listener, reach
+from zspmd.runtime.launch.nodes import reach as reach_module
+from zspmd.runtime.launch.nodes.reach import NONCE_BYTES, Listener, reach
 
 NONCE = bytes(range(NONCE_BYTES))
 DEADLINE_S = 5.0

@@ -16,7 +16,7 @@ from support.polling import wait_until
 
 from zspmd.errors import ConfigError, InsecureEndpointError, LaunchError
 from zspmd.runtime.launch.agent_protocol import RelayOrder
-from zspmd.runtime.launch.relay import BREAK_EVEN_RANKS, Relay, choose_relay
+from zspmd.runtime.launch.nodes.relay import BREAK_EVEN_RANKS, Relay, choose_relay
 from zspmd.transport.chunks import CHUNK_BYTES
 from zspmd.transport.frames import StepFrame, StepKind
 from zspmd.transport.security import RankKeys

@@ -6,7 +6,7 @@ import zspmd
 from zspmd.errors import BadFrameError
 from zspmd.runtime.launch.agent_protocol import AgentStarted, encode_record
 from zspmd.runtime.launch.guard import GREETING
-from zspmd.runtime.launch.remote_agent import GreetedReader
+from zspmd.runtime.launch.nodes.remote_agent import GreetedReader
 
 HELLO = GREETING + f"{zspmd.__version__} 4711\n".encode()
 STARTED = encode_record(AgentStarted(4712))

@@ -12,9 +12,9 @@ from support.records import some_plan
 
 from zspmd.errors import ConfigError, PeerLostError, PreflightError, ReadyTimeoutError, WorkerExitedError, ZspmdError
 from zspmd.runtime.driver.script_faults import RankEnd, cause_of
-from zspmd.runtime.launch import report as module
-from zspmd.runtime.launch.exit_codes import cause_kind, exit_code
-from zspmd.runtime.launch.report import CAUSES, build_report, write_report
+from zspmd.runtime.launch.command import report as module
+from zspmd.runtime.launch.command.exit_codes import cause_kind, exit_code
+from zspmd.runtime.launch.command.report import CAUSES, build_report, write_report
 
 END = RankEnd(1, 101, -11, 1.25, is_spontaneous=True, tail=("last words",), host="node1", error_s=0.0003)
 

@@ -9,14 +9,14 @@ import pytest
 from support.polling import block_until
 
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch.command_options import script_options
-from zspmd.runtime.launch.console import RankConsole
-from zspmd.runtime.launch.hosts import Host
-from zspmd.runtime.launch.option_parser import build_parser
-from zspmd.runtime.launch.options import ScriptOptions
+from zspmd.runtime.launch.command.command_options import script_options
+from zspmd.runtime.launch.command.console import RankConsole
+from zspmd.runtime.launch.command.option_parser import build_parser
+from zspmd.runtime.launch.command.options import ScriptOptions
+from zspmd.runtime.launch.command.rank_prefixes import rank_hosts, rank_prefixes
+from zspmd.runtime.launch.command.script_console import ScriptConsole
+from zspmd.runtime.launch.hosts.host import Host
 from zspmd.runtime.launch.plan import LaunchPlan, NodePlan, RankPlan
-from zspmd.runtime.launch.rank_prefixes import rank_hosts, rank_prefixes
-from zspmd.runtime.launch.script_console import ScriptConsole
 
 
 def options(*given: str) -> ScriptOptions:

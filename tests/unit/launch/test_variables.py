@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from zspmd.errors import ConfigError
-from zspmd.runtime.launch.host_options import forwarded_names
-from zspmd.runtime.launch.variables import read_env_files, read_variables
+from zspmd.runtime.launch.command.host_options import forwarded_names
+from zspmd.runtime.launch.command.variables import read_env_files, read_variables
 
 HERE = {
     "WANDB_MODE": "off",

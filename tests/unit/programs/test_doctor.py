@@ -13,10 +13,10 @@ import pytest
 
 from zspmd.config import NodesConfig, ParallelConfig
 from zspmd.errors import ConfigError, HostfileError
-from zspmd.runtime.launch import examination
-from zspmd.runtime.launch.check_records import FAIL, OK, WARN, Check
-from zspmd.runtime.launch.hosts import Host
-from zspmd.runtime.launch.options import LaunchOptions
+from zspmd.runtime.launch.checks import examination
+from zspmd.runtime.launch.checks.check_records import FAIL, OK, WARN, Check
+from zspmd.runtime.launch.command.options import LaunchOptions
+from zspmd.runtime.launch.hosts.host import Host
 from zspmd.runtime.programs import doctor
 
 FINE = Check("agent", OK, "by ssh, after 0.40 s")

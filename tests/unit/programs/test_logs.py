@@ -15,7 +15,7 @@ from support.programs import run_program
 from support.records import SomeProcesses, some_plan
 
 from zspmd.config import NodesConfig
-from zspmd.runtime.launch.hosts import Host
+from zspmd.runtime.launch.hosts.host import Host
 from zspmd.runtime.launch.launch_record import LaunchRecord
 from zspmd.runtime.launch.run_directory import RunDirectory
 from zspmd.runtime.programs import logs

@@ -1,0 +1,1 @@
+"""What ``zspmd-run doctor`` looks at, on this machine and on others."""

@@ -1,0 +1,1 @@
+"""The command line of ``zspmd-run``: options, plans, output, reports."""

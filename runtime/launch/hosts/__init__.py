@@ -1,0 +1,1 @@
+"""Which machines: hostfiles, lists, selection."""
