@@ -10,7 +10,8 @@ It ends when its ranks have ended, when it is told to, when its guard is gone, o
 fired, which a fork of the driver that still holds the stream cannot hide. Whatever the reason, it leaves no process: it kills its
 ranks' groups, then every child that it has or adopts until it has none, removes the run directory, and reports ``AgentGone`` last.
 
-The loop's thread starts every process, since a parent-death signal is bound to the thread that forked.
+The loop's thread starts every process, since a parent-death signal is bound to the thread that forked. The file passes 350 lines
+because all that ends a rank is in it: what one part left, another would have to know of.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 from support.host_proc import command_of
-from support.node_faults import paused, ranks
+from support.node_faults import paused
 from support.polling import block_until
 from support.script_nodes import FOREVER, ScriptNodes, finish, is_alive
 from support.script_nodes import script_nodes as script_nodes
@@ -140,7 +140,7 @@ def test_ranks_everywhere_that_ignore_signals_are_killed_after_the_grace(script_
 
 def test_a_stopped_rank_of_another_node_is_ended_too(script_nodes: ScriptNodes) -> None:
     process = script_nodes.begin("--abort-grace", "5", *script_nodes.by_rank({0: script_nodes.when_told("exit 7")}), num_ready=4)
-    with paused(ranks(script_nodes.hosts[2])[3]):
+    with paused(script_nodes.wait_ranks(2, 1)[3]):
         ended = finish(process, since=script_nodes.go())
     assert ended.code == 7
     assert "rank 3 @ node2 was ended by zspmd-run (SIGTERM)" in ended.summary

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.cluster_host import ClusterHost
-from support.node_faults import AGENT, named, ranks
+from support.node_faults import AGENT, wait_named
 from support.polling import block_until
 from support.script_nodes import PIPES, Ended, ScriptNodes, finish, prefixed
 from support.script_nodes import script_nodes as script_nodes
@@ -171,11 +171,9 @@ def children_of(pid: int, thread: int) -> set[int]:
 def test_every_rank_is_a_child_of_its_agent_s_main_thread(script_nodes: ScriptNodes) -> None:
     """The kernel sends the signal of a parent's death at the end of the thread that forked, and any other may end at any time."""
     process = script_nodes.begin("--no-python", "sh", "-c", "echo ready; exec sleep 600", num_ready=4)
-    for host, count in zip(script_nodes.hosts, (2, 1, 1)):
-        (agent,) = named(host, AGENT)
-        pids = set(ranks(host).values())
-        assert len(pids) == count
-        assert pids <= children_of(agent, agent)
+    for index, count in enumerate((2, 1, 1)):
+        agent = wait_named(script_nodes.hosts[index], AGENT)
+        assert set(script_nodes.wait_ranks(index, count).values()) <= children_of(agent, agent)
     process.send_signal(signal.SIGTERM)
     assert finish(process, since=time.monotonic()).code == 143
 

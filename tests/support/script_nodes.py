@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.cluster import Cluster
 from support.cluster_host import ClusterHost
-from support.node_faults import AGENT, GUARD, carriers, named, wait_named
+from support.node_faults import AGENT, GUARD, carriers, named, ranks, wait_named
 from support.polling import block_until
 from support.script_runs import RUN
 
@@ -109,6 +109,11 @@ class ScriptNodes:
         if who == "client":
             return carriers(self.hosts[0], self.hosts[index].name)[0]
         return wait_named(self.hosts[index], {"agent": AGENT, "guard": GUARD}[who])
+
+    def wait_ranks(self, index: int, count: int) -> dict[int, int]:
+        """Wait until so many ranks are seen on a host, and return their pids; one that executes another program is not, for a moment."""
+        block_until(lambda: len(ranks(self.hosts[index])) == count)
+        return ranks(self.hosts[index])
 
     def wait_agents(self, count: int) -> list[int]:
         """Wait until so many agents run on the hosts, and return their pids in the order of hosts."""

@@ -6,7 +6,8 @@
     address    one for each node, and proved: every node connects to all the others and to the driver
     prepare    each node's run directory; the master port on node 0
 
-Whatever fails is told for all hosts at once, by PreflightError. On the driver's machine alone nothing of this is needed.
+Whatever fails is told for all hosts at once, by PreflightError. On the driver's machine alone nothing of this is needed. One method a step
+makes the file what it is, 360 lines.
 """
 
 from __future__ import annotations
