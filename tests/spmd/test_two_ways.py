@@ -89,9 +89,10 @@ async def test_each_rank_has_the_connections_of_its_place(two_ways: Any, relay: 
     async with two_ways("Echo", relay) as group:
         await group.step(None)
         assert len(set(listening([os.getpid()])) - before) == 3
-        processes = group._processes
-        assert {rank for rank in range(WORLD_SIZE) if processes._routes.is_relayed(rank)} == (set(REMOTE_RANKS) if relay == "on" else set())
-        heard = processes._door._heard
+        site = group._processes._site
+        assert {rank for rank in range(WORLD_SIZE) if site.routes.is_relayed(rank)} == (set(REMOTE_RANKS) if relay == "on" else set())
+        assert site.door is not None
+        heard = site.door._heard
         assert {name for socket, name in heard if socket == "step"} == ({"n1"} if relay == "on" else {"1", "2"})
         assert {name for socket, name in heard if socket == "result"} == {"1", "2"}
         assert {name for socket, name in heard if socket == "control"} == {"1", "2"}

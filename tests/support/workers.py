@@ -270,7 +270,7 @@ class Starved(zspmd.Worker):
                 os.dup(0)
         if action == "memory":
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), resource.RLIM_INFINITY))  # room for what else starts, not for 2 GiB
             return np.ones(1 << 28)
         if action == "cgroup":
             Path(inputs["procs"]).write_text(str(os.getpid()))
