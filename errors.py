@@ -343,7 +343,8 @@ def _indent(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Return a text of another node as one line that does nothing to a terminal."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text).split())
 
 
 def _some(names: Sequence[str], limit: int = 16) -> str:

@@ -206,8 +206,9 @@ def place_ranks(hosts: Sequence[str], slots: Sequence[int], world_size: int | No
         world_size = len(places)
     if not 0 < world_size <= len(places):
         listed = ", ".join(f"{host} {count}" for host, count in zip(hosts, slots))
+        num_slots = "1 slot" if len(places) == 1 else f"{len(places)} slots"
         raise TopologyError(
-            f"{world_size} ranks do not fit into {len(places)} slots ({listed}); add hosts, give them more slots=, or ask for fewer ranks"
+            f"{world_size} ranks do not fit into {num_slots} ({listed}); add hosts, give them more slots=, or ask for fewer ranks"
         )
     return places[:world_size]
 

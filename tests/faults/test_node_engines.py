@@ -58,6 +58,6 @@ def test_streams_go_on_in_spare_slots_and_end_when_there_are_none(cluster: Clust
     assert first.endswith("; restarting the workers, 3 requests go on")
     assert second.startswith("node 1 (node2) is lost, with ranks 1: ")
     assert raised["kind"] == "TopologyError"
-    assert raised["text"] == "2 ranks do not fit into 1 slots (node0 1); add hosts, give them more slots=, or ask for fewer ranks"
+    assert raised["text"] == "2 ranks do not fit into 1 slot (node0 1); add hosts, give them more slots=, or ask for fewer ranks"
     assert (raised["cause"]["kind"], raised["cause"]["host"]) == ("NodeLostError", "node2")
     assert launch.errors == ""
