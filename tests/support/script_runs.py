@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,14 @@ def begin(*arguments: str, num_ready: int = 0) -> subprocess.Popen[str]:
     """Start ``zspmd-run`` and return once so many ranks have printed "ready"."""
     process = subprocess.Popen([*RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    for line in process.stdout if num_ready else ():
-        num_ready -= line.rstrip().endswith("ready")
-        if not num_ready:
-            break
+    while num_ready and (line := _read_line(process.stdout.fileno())):
+        num_ready -= line.rstrip().endswith(b"ready")
     return process
+
+
+def _read_line(fd: int) -> bytes:
+    """Return one line, and leave what follows it to ``communicate``, which does not know what a file object has read ahead."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(fd, 1)):
+        line += byte
+    return line
