@@ -162,5 +162,7 @@ def test_damaged_frames_are_refused_by_name_and_leave_nothing(
 
 @pytest.mark.parametrize("name", READERS)
 def test_undamaged_they_are_all_taken(name: str) -> None:
-    for frame in READERS[name].sound():
+    frames = list(READERS[name].sound())
+    for frame in frames:
         READERS[name].read(frame)
+    assert frames

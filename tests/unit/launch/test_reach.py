@@ -66,9 +66,10 @@ async def test_a_foreign_address_cannot_be_listened_at() -> None:
 async def test_closing_twice_or_unopened_is_nothing() -> None:
     listener = Listener("127.0.0.1")
     listener.close()
-    await listener.open()
+    port = await listener.open()
     listener.close()
     listener.close()
+    assert await reach("127.0.0.1", port, NONCE, DEADLINE_S) == "Connection refused"
 
 
 async def test_a_silent_host_is_given_up_in_time() -> None:

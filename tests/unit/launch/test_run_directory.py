@@ -165,8 +165,15 @@ def test_a_launch_waits_for_somebody_who_only_looks_whether_its_directory_is_dea
     monkeypatch.setattr(run_directory, "remove_dead_directories", list)
     with open(path / LOCK_NAME) as looker:
         fcntl.flock(looker, fcntl.LOCK_EX)
-        monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(looker, fcntl.LOCK_UN))
+        waits: list[float] = []
+
+        def let_go(seconds: float) -> None:
+            waits.append(seconds)
+            fcntl.flock(looker, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("time.sleep", let_go)
         RunDirectory.create("launch").remove()
+    assert len(waits) == 1
 
 
 def test_a_lock_that_outlives_the_process_in_it_is_respected() -> None:

@@ -83,7 +83,9 @@ def test_sizes_that_were_first_summed_in_inference_mode_are_summed_outside_too()
 
 def test_one_that_was_made_in_inference_mode_serves_outside_too() -> None:
     with torch.inference_mode(), first_of_two(timeout_s=0.05) as communicator, torch.inference_mode(False):
-        communicator.send(torch.ones(3), 1)
+        value = torch.ones(3)
+        communicator.send(value, 1)
+        assert value.tolist() == [1.0] * 3
 
 
 def test_close_lets_go_of_the_memory() -> None:

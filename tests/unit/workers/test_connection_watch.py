@@ -32,6 +32,7 @@ def test_it_ends_with_its_context_whatever_it_follows(num_sockets: int) -> None:
     watch.stop()
     context.destroy(linger=0)
     block_until(lambda: set(threading.enumerate()) <= before)
+    assert context.closed
 
 
 BROKEN_WATCH = """
