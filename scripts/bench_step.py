@@ -1,13 +1,15 @@
 """Prints the round trip of a step through a worker group beside raw pyzmq doing the same with blocking sockets. Asserts nothing.
 
 Both sides publish a payload to the same number of processes by XPUB and wait for an answer of each by PULL, over ipc or over TCP with
-CURVE. They take turns in one run, so that a busy machine slows both: the ratio is the median of those of neighbouring turns.
+CURVE. They take turns in one run, so that a busy machine slows both: the ratio is the median of those of neighbouring turns. With
+``--host`` the processes of both are on another machine; processor time and wake-ups are then the driver's alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import itertools
 import json
@@ -19,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -31,7 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 import zspmd
+from zspmd.runtime.launch.hosts.host import Host
+from zspmd.runtime.launch.hosts.own_host import source_address
+from zspmd.runtime.launch.nodes.agent_link import rsh_argv
+from zspmd.transport.security import tcp_endpoint
 
+LOOPBACK = "127.0.0.1"
 WARM_UP = 300
 PEER_TIMEOUT_MS = 30_000
 ANSWER_BYTES = 33  # as many as the group's: a header of 32 B and a body of one
@@ -84,7 +91,7 @@ class Outcome:
 class Meter:
     """Adds up processor time and wake-ups of this process and others, thread by thread, as the kernel counts them."""
 
-    def __init__(self, pids: list[int]) -> None:
+    def __init__(self, pids: Sequence[int]) -> None:
         self._threads = [f"/proc/{pid}/task/{thread}" for pid in (os.getpid(), *pids) for thread in os.listdir(f"/proc/{pid}/task")]
 
     def read(self) -> tuple[float, int]:
@@ -98,14 +105,38 @@ class Meter:
         return spent_ns / 1000, switches
 
 
-async def run_case(case: Case, turns: int, steps: int) -> Outcome:
-    bind = "127.0.0.1" if case.transport == "tcp" else None
+@dataclass(frozen=True)
+class Place:
+    """Where the processes of both sides run: on this machine, or on a host that ``config`` reaches."""
+
+    host: Host | None
+    config: zspmd.NodesConfig
+
+    def launch(self, case: Case) -> zspmd.WorkerGroup:
+        if self.host is not None:
+            hosts = [replace(self.host, slots=case.ranks)]
+            return zspmd.launch(Acknowledger, world_size=case.ranks, output_ranks="all", preload=(), hosts=hosts, nodes=self.config)
+        bind = LOOPBACK if case.transport == "tcp" else None
+        return zspmd.launch(Acknowledger, world_size=case.ranks, output_ranks="all", preload=(), bind=bind)
+
+    def address(self, case: Case, group: zspmd.WorkerGroup) -> str | None:
+        """Return where the driver's side binds TCP; None for ipc."""
+        if self.host is not None:
+            return source_address(group.plan.nodes[0].address)
+        return LOOPBACK if case.transport == "tcp" else None
+
+    def start(self, argv: list[str]) -> subprocess.Popen[bytes]:
+        """Start a raw peer there."""
+        return subprocess.Popen(argv if self.host is None else rsh_argv(self.host, self.config, f"exec {shlex.join(argv)}"))
+
+
+async def run_case(case: Case, turns: int, steps: int, place: Place) -> Outcome:
     outcome = Outcome(case, [], [])
     payload = bytes(case.payload)
-    async with zspmd.launch(Acknowledger, world_size=case.ranks, output_ranks="all", preload=(), bind=bind) as group:
-        with raw_peers(case.ranks, is_tcp=bind is not None) as (round_trip, raw_pids):
-            group_meter = Meter([rank.pid for rank in group.health() if rank.pid is not None])
-            raw_meter = Meter(raw_pids)
+    async with place.launch(case) as group:
+        with raw_peers(case.ranks, place, place.address(case, group)) as (round_trip, raw_pids):
+            group_pids = [rank.pid for rank in group.health() if rank.pid is not None]
+            group_meter, raw_meter = (Meter(pids if place.host is None else ()) for pids in (group_pids, raw_pids))
             await group_turn(group, payload, WARM_UP, group_meter)
             raw_turn(round_trip, payload, WARM_UP, raw_meter)
             for _ in range(turns):
@@ -142,21 +173,21 @@ def finished(times: list[float], own_us: float, before: tuple[float, int], after
 
 
 @contextmanager
-def raw_peers(num_peers: int, *, is_tcp: bool) -> Iterator[tuple[RawTrip, list[int]]]:
+def raw_peers(num_peers: int, place: Place, address: str | None) -> Iterator[tuple[RawTrip, list[int]]]:
     """Start processes that wait in ``serve_raw``; yields what sends a payload to all and returns when each has answered, and their pids."""
     with tempfile.TemporaryDirectory(prefix="zbench") as directory, zmq.Context() as context:
         publisher, collector = context.socket(zmq.XPUB), context.socket(zmq.PULL)
         publisher.setsockopt(zmq.XPUB_VERBOSE, 1)  # or it tells of the first subscription only
         public, secret = zmq.curve_keypair()
         for socket, name in ((publisher, "step"), (collector, "result")):
-            if is_tcp:
+            if address is not None:
                 socket.setsockopt(zmq.CURVE_SERVER, 1)
                 socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
-            socket.bind("tcp://127.0.0.1:*" if is_tcp else f"ipc://{directory}/{name}")
+            socket.bind(f"ipc://{directory}/{name}" if address is None else tcp_endpoint(address))
             socket.setsockopt(zmq.RCVTIMEO, PEER_TIMEOUT_MS)
         endpoints = [str(socket.getsockopt_string(zmq.LAST_ENDPOINT)) for socket in (publisher, collector)]
-        argv = [sys.executable, __file__, "--peer", *endpoints, public.decode() if is_tcp else ""]
-        peers = [subprocess.Popen(argv) for _ in range(num_peers)]
+        argv = [sys.executable, os.path.abspath(__file__), "--peer", *endpoints, "" if address is None else public.decode()]
+        peers = [place.start(argv) for _ in range(num_peers)]
         try:
             for _ in peers:
                 publisher.recv()  # a subscription
@@ -169,15 +200,15 @@ def raw_peers(num_peers: int, *, is_tcp: bool) -> Iterator[tuple[RawTrip, list[i
 
             yield round_trip, [peer.pid for peer in peers]
         finally:
+            publisher.send(b"")  # their end, which on another machine no signal tells them
             for peer in peers:
-                peer.kill()
                 peer.wait()
             publisher.close(0)
             collector.close(0)
 
 
 def serve_raw(step_endpoint: str, result_endpoint: str, server_key: str) -> None:
-    """Answer every message, until killed."""
+    """Answer every message up to an empty one, or until left alone."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     subscriber, pusher = context.socket(zmq.SUB), context.socket(zmq.PUSH)
     for socket in (subscriber, pusher):
@@ -187,9 +218,12 @@ def serve_raw(step_endpoint: str, result_endpoint: str, server_key: str) -> None
     subscriber.subscribe(b"")
     subscriber.connect(step_endpoint)
     pusher.connect(result_endpoint)
-    while True:
-        pusher.send(bytes(ANSWER_BYTES))
-        subscriber.recv()
+    subscriber.setsockopt(zmq.RCVTIMEO, PEER_TIMEOUT_MS)
+    pusher.send(bytes(ANSWER_BYTES))
+    with contextlib.suppress(zmq.Again):
+        while subscriber.recv():
+            pusher.send(bytes(ANSWER_BYTES))
+    context.destroy(linger=0)
 
 
 def pooled(turns: list[Turn]) -> list[float]:
@@ -237,6 +271,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--payload", nargs="+", type=int, default=[512, 64 << 10], metavar="BYTES")
     parser.add_argument("--turns", type=int, default=20, help="of each side")
     parser.add_argument("--steps", type=int, default=100, help="of a turn")
+    parser.add_argument("--host", help="a machine, reached by --rsh, on which the processes of both run, over TCP with CURVE")
+    parser.add_argument("--rsh", default="ssh", help="as of zspmd-run")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     return parser.parse_args()
 
@@ -244,7 +280,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.peer is not None:
-        serve_raw(*options.peer)
+        return serve_raw(*options.peer)
+    if options.host is not None:
+        options.transport = ["tcp"]
+    place = Place(None if options.host is None else Host(options.host), zspmd.NodesConfig(rsh=options.rsh, relay="off"))
     console = Console()
     libraries = f"Python {platform.python_version()}, pyzmq {zmq.__version__} over libzmq {zmq.zmq_version()}, uvloop {version('uvloop')}"
     console.print(f"{processor()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} before the start; {libraries}")
@@ -252,7 +291,7 @@ def main() -> None:
     rows = []
     for transport, ranks, payload, loop in itertools.product(options.transport, options.ranks, options.payload, options.loop):
         case = Case(loop, transport, ranks, payload)
-        rows.append(summary(run_on(LOOPS[loop](), run_case(case, options.turns, options.steps))))
+        rows.append(summary(run_on(LOOPS[loop](), run_case(case, options.turns, options.steps, place))))
     print_table(console, rows)
     if options.json:
         with open(options.json, "w") as output:
