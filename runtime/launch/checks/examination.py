@@ -48,7 +48,7 @@ async def examine_nodes(
         ConfigError: the command that reaches other nodes is not installed, or cannot do what a host asks for.
     """
     links = await rsh_links(hosts, config)
-    examined = [ExaminedHost(host, link, lease_s) for host, link in zip(hosts, links)]
+    examined = [ExaminedHost(host, link, config, lease_s) for host, link in zip(hosts, links)]
     try:
         of_driver = await _Examination(examined, config, Examine(cwd, script)).run()
     finally:

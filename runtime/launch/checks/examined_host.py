@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import TypeVar
 
+from ....config import NodesConfig
 from ....errors import LaunchError, NodeProblem
 from ..agent_protocol import AgentGone, AgentRecord, RankExited, RankLog, RankStart, Start
 from ..hosts.host import Host
@@ -29,15 +30,17 @@ class ExaminedHost:
 
     Args:
         link: the way to its agent; None where it is this machine.
+        config: how that was made, for advice.
     """
 
-    def __init__(self, host: Host, link: AgentLink | None, lease_s: float) -> None:
+    def __init__(self, host: Host, link: AgentLink | None, config: NodesConfig, lease_s: float) -> None:
         self.name = host.target
         self.host = host
         self.checks: list[Check] = []
         self.facts: NodeFacts | None = None
         self.address = ""
         self._link = link
+        self._config = config
         self._supervisor = LaunchSupervisor(self._on_event, [link], lease_s=lease_s)
         self._is_attached = False
         self._printed: list[str] = []
@@ -69,7 +72,7 @@ class ExaminedHost:
         noise = self._supervisor.nodes[0].noise
         if failure is not None:
             said = f"; its login printed: {noise[-1]}" if noise else ""
-            self.add("agent", FAIL, f"{failure}{said}", agent_advice(str(failure), self.host))
+            self.add("agent", FAIL, f"{failure}{said}", agent_advice(str(failure), self.host, self._config))
             return
         self._is_attached = True
         way = "on this machine, without ssh" if self._link is None else f"by {self._link.name}"

@@ -357,10 +357,10 @@ def _preflight(problems: Sequence[NodeProblem], hosts: Sequence[str]) -> Preflig
     return PreflightError(problems, fine=[host for host in hosts if host not in wrong])
 
 
-def agent_advice(error: str, host: Host, config: NodesConfig | None = None) -> str:
+def agent_advice(error: str, host: Host, config: NodesConfig) -> str:
     """Return what to do about an agent that does not answer."""
     if "No module named" in error or ("zspmd" in error and "version" in error):
         return "install the same zspmd there, or name the interpreter that has it: --remote-python, python= in its line"
     if "exited with code 127" in error or "not found" in error:
         return "there is no such interpreter; name one: --remote-python, python= in its line"
-    return f"this must print 'works' and ask nothing: {shlex.join(trial_argv(host, config or NodesConfig()))}"
+    return f"this must print 'works' and ask nothing: {shlex.join(trial_argv(host, config))}"
