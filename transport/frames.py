@@ -115,13 +115,9 @@ def parse_step(frames: Sequence[zmq.Frame | bytes]) -> StepFrame:
     if view[0] != _STEP_START:
         view = _without_topic(view)
     magic, version, kind, epoch, seq = STEP_HEADER.unpack_from(view)
-    if magic != STEP_MAGIC:
-        raise _bad_magic(magic, STEP_MAGIC)
-    if version != WIRE_VERSION:
-        raise _other_version(version)
     known = _STEP_KINDS.get(kind)
-    if known is None:
-        raise BadFrameError(f"step frame {seq} has kind {kind}; known are 1 to {len(StepKind)}")
+    if magic != STEP_MAGIC or version != WIRE_VERSION or known is None:
+        raise _refusal(magic, STEP_MAGIC, version, f"step frame {seq} has kind {kind}; known are 1 to {len(StepKind)}")
     return _new(StepFrame, (known, epoch, seq, view[_STEP_BYTES:], () if len(frames) == 1 else _rest(frames)))
 
 
@@ -141,13 +137,9 @@ def parse_result(frames: Sequence[zmq.Frame | bytes]) -> ResultFrame:
     if len(view) < _RESULT_BYTES:
         raise _too_short(view, _RESULT_BYTES)
     magic, version, kind, epoch, seq, rank, _, busy_us, received_ns = RESULT_HEADER.unpack_from(view)
-    if magic != RESULT_MAGIC:
-        raise _bad_magic(magic, RESULT_MAGIC)
-    if version != WIRE_VERSION:
-        raise _other_version(version)
     known = _RESULT_KINDS.get(kind)
-    if known is None:
-        raise BadFrameError(f"result frame of rank {rank} has kind {kind}; known are 1 to {len(ResultKind)}")
+    if magic != RESULT_MAGIC or version != WIRE_VERSION or known is None:
+        raise _refusal(magic, RESULT_MAGIC, version, f"result frame of rank {rank} has kind {kind}; known are 1 to {len(ResultKind)}")
     return _new(
         ResultFrame, (known, epoch, seq, rank, busy_us, received_ns, view[_RESULT_BYTES:], () if len(frames) == 1 else _rest(frames))
     )
@@ -176,5 +168,10 @@ def _bad_magic(found: bytes, wanted: bytes) -> BadFrameError:
     return BadFrameError(f"a frame begins with {found!r} instead of {wanted!r}")
 
 
-def _other_version(version: int) -> WireVersionError:
-    return WireVersionError(f"the peer speaks wire version {version}, this side {WIRE_VERSION}; install the same zspmd on both")
+def _refusal(magic: bytes, wanted: bytes, version: int, bad_kind: str) -> BadFrameError | WireVersionError:
+    """Return the first thing that is wrong with a header."""
+    if magic != wanted:
+        return _bad_magic(magic, wanted)
+    if version != WIRE_VERSION:
+        return WireVersionError(f"the peer speaks wire version {version}, this side {WIRE_VERSION}; install the same zspmd on both")
+    return BadFrameError(bad_kind)

@@ -79,10 +79,8 @@ class SocketReader:
             try:
                 if self._read_one():
                     return self._is_closed
-                if not self._has_arrived():
-                    return True  # the next arrival makes an edge
             except zmq.Again:
-                return True  # the same, at more than twice the cost
+                return True  # the next arrival makes an edge; asking for EVENTS before each message instead takes 1.2 us more
             except Exception as error:  # one bad message must not cost the edge of those behind it
                 self._on_error(error)
         return self._is_closed

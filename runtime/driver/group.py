@@ -342,13 +342,14 @@ class WorkerGroup:
             if frame.kind is ResultKind.ERROR:
                 self._verdict.raised(self._stream.known_rank(frame), read_failure(frame))
                 return False
-            has_woken = self._stream.take(frame)
+            if self._stream.take(frame):
+                return True
         except (AnswerLostError, BackpressureError, InternalError, ProtocolError) as error:
             self._verdict.misanswered(frame.rank, frame.seq, error)
             return False
         if frame.kind is ResultKind.SYNC_ACK and not self._stream.in_flight:
             self._readiness.reach()
-        return has_woken
+        return False
 
     def _fail(self, error: ZspmdError) -> None:
         """Raise ``error`` from every await, now and later, and end the ranks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 
@@ -69,14 +68,14 @@ class GroupStatistics:
     compute: LatencyHistogram = field(default_factory=LatencyHistogram)
     collect: LatencyHistogram = field(default_factory=LatencyHistogram)
 
-    def record(self, asked_ns: int, published_ns: int, received_ns: int, busy_us: int) -> None:
-        """Count the way of a step or call whose last answer has just come; the moments are of the monotonic clock."""
-        now_ns, busy_ns = time.monotonic_ns(), 1000 * busy_us
-        self.round_trip.record_ns(now_ns - asked_ns)
+    def record(self, asked_ns: int, published_ns: int, received_ns: int, busy_us: int, collected_ns: int) -> None:
+        """Count the way of a step or call, whose last answer came at ``collected_ns``; the moments are of the monotonic clock."""
+        busy_ns = 1000 * busy_us
+        self.round_trip.record_ns(collected_ns - asked_ns)
         self.publish.record_ns(published_ns - asked_ns)
         self.transit.record_ns(received_ns - published_ns)
         self.compute.record_ns(busy_ns)
-        self.collect.record_ns(now_ns - received_ns - busy_ns)
+        self.collect.record_ns(collected_ns - received_ns - busy_ns)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ from .reply_deadlines import ReplyDeadlines
 from .statistics import GroupStatistics
 from .ticker import Ticker
 
+_STEP = StepKind.STEP  # a tenth of what asking the enum for its member takes, each time
+_OUTPUT, _ACK, _REPLY, _GAP = ResultKind.OUTPUT, ResultKind.ACK, ResultKind.REPLY, ResultKind.GAP
+
 
 class StepStream:
     """Publishes frames and takes what ranks answer to them; belongs to one event loop from ``open`` on.
@@ -43,7 +46,8 @@ class StepStream:
         on_overdue: Callable[[PendingReply, Sequence[int]], None],
         call_error: Callable[[int, Failure], ZspmdError],
     ) -> None:
-        self.statistics = GroupStatistics()
+        self._statistics = GroupStatistics()
+        self._uncounted: list[tuple[int, int, int, int, int]] = []  # what ``GroupStatistics.record`` takes, once there is time
         self._processes = processes
         self._on_overdue = on_overdue
         self._call_error = call_error
@@ -56,6 +60,12 @@ class StepStream:
         self._num_steps = 0
         self._no_steps: deque[int] = deque()  # of the frames in flight, and some before them: calls and what is neither
         self._replayed: dict[int, tuple[int, int]] = {}  # by rank: the frame it missed last, and how many ticks there had been
+
+    @property
+    def statistics(self) -> GroupStatistics:
+        """The counters and histograms, with every answer that has come."""
+        self._count_answers()
+        return self._statistics
 
     @property
     def in_flight(self) -> int:
@@ -110,22 +120,28 @@ class StepStream:
         )
         self._pending[seq] = pending
         self._deadlines.watch(pending)
+        self._count_answers()  # here, while the ranks are busy, it delays no step
         return pending
+
+    def _count_answers(self) -> None:
+        for answer in self._uncounted:
+            self._statistics.record(*answer)
+        self._uncounted.clear()
 
     def _count(self, kind: StepKind) -> int | None:
         """Count a step, and return its id, or a call."""
-        if kind is not StepKind.STEP:
-            self.statistics.calls += 1
+        if kind is not _STEP:
+            self._statistics.calls += 1
             return None
         self._num_steps += 1
-        self.statistics.steps = self._num_steps
+        self._statistics.steps = self._num_steps
         return self._num_steps - 1
 
     def publish(self, kind: StepKind, body: bytes = b"", buffers: Sequence[Buffer] = ()) -> int:
         """Publish one frame, window or not, and return its number."""
         seq = self._processes.publish(kind, body, buffers)
         self._window.opened(seq)
-        if kind is not StepKind.STEP:
+        if kind is not _STEP:
             while self._no_steps and self._no_steps[0] < self._window.oldest:
                 self._no_steps.popleft()
             self._no_steps.append(seq)
@@ -140,29 +156,29 @@ class StepStream:
             AnswerLostError: an earlier answer of the rank never came.
             ProtocolError, InternalError: an acknowledgement or answer that breaks the protocol.
         """
-        kind = frame.kind
-        if kind is ResultKind.GAP:
-            self._replay(self.known_rank(frame), frame.seq)
+        kind, seq, rank = frame.kind, frame.seq, frame.rank
+        if kind is _GAP:
+            self._replay(self.known_rank(frame), seq)
             return False
-        if self._window.acknowledged(frame.rank, frame.seq):
+        if self._window.acknowledged(rank, seq):
             self._processes.publisher.forget(self._window.oldest)
             self._ticker.moved()
             self.gate.grant()
-        if kind is ResultKind.OUTPUT or kind is ResultKind.REPLY:
+        if kind is _OUTPUT or kind is _REPLY:
             value = decode_value(frame.body, frame.buffers)
-            pending = self._pending.get(frame.seq)
+            pending = self._pending.get(seq)
             if pending is not None:
                 return self._take_answer(pending, frame, value)
-            self.statistics.late_answers += 1
-        elif kind is ResultKind.ACK:
-            pending = self._pending.get(frame.seq)
-            return pending is not None and frame.rank in pending.awaited and self._take_answer(pending, frame, None)
+            self._statistics.late_answers += 1
+        elif kind is _ACK:
+            pending = self._pending.get(seq)
+            return pending is not None and rank in pending.awaited and self._take_answer(pending, frame, None)
         elif kind is ResultKind.CALL_ERROR:
-            pending = self._pending.pop(frame.seq, None)
+            pending = self._pending.pop(seq, None)
             if pending is None:
-                self.statistics.late_answers += 1
+                self._statistics.late_answers += 1
             else:
-                pending.fail(self._call_error(frame.rank, read_failure(frame)))
+                pending.fail(self._call_error(rank, read_failure(frame)))
         return False
 
     def known_rank(self, frame: ResultFrame) -> int:
@@ -203,12 +219,12 @@ class StepStream:
         self._deadlines.close()
 
     def _take_answer(self, pending: PendingReply, frame: ResultFrame, value: Any) -> bool:
-        if (frame.rank in pending.ranks) is (frame.kind is ResultKind.ACK):
+        if (frame.rank in pending.ranks) is (frame.kind is _ACK):
             raise ProtocolError(f"an {frame.kind.name}; the ranks that answer are {', '.join(map(str, pending.ranks))}")
         if not pending.answer(frame.rank, value):
             return False
         del self._pending[frame.seq]
-        self.statistics.record(pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us)
+        self._uncounted.append((pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us, time.monotonic_ns()))
         return True
 
     def _expired(self, pending: PendingReply) -> None:
