@@ -48,6 +48,7 @@ _HOMES = {
     "StepGapError": ".errors",
     "StoreTimeoutError": ".errors",
     "TopologyError": ".errors",
+    "TraceConfig": ".config",
     "TransportError": ".errors",
     "WireVersionError": ".errors",
     "Worker": ".workers.worker",
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from .config import ParallelConfig as ParallelConfig
     from .config import RestartPolicy as RestartPolicy
     from .config import SamplingParams as SamplingParams
+    from .config import TraceConfig as TraceConfig
     from .errors import AnswerLostError as AnswerLostError
     from .errors import BackpressureError as BackpressureError
     from .errors import BadFrameError as BadFrameError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 
 from .errors import ConfigError, TopologyError
 
@@ -144,6 +145,8 @@ class EngineConfig:
         enable_chunked_prefill: let a prompt be computed over several steps beside decodes; without it a prompt
             must fit ``max_num_batched_tokens``.
         dtype: dtype of weights and activations; "auto" is float32 on a CPU and the checkpoint's on a GPU.
+        pack_weights: put the weights into the form that a CPU multiplies fastest with, once they are loaded. Costs a copy of the
+            vocabulary where embedding and head share theirs; does nothing on a GPU.
         window: steps in flight; 2 lets the next step be published before the last one is back.
         max_waiting: requests that may wait for a slot before ``generate`` refuses more.
     """
@@ -156,6 +159,7 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     enable_chunked_prefill: bool = True
     dtype: str = "auto"
+    pack_weights: bool = True
     window: int = 2
     max_waiting: int = 10_000
 
@@ -199,6 +203,31 @@ class RestartPolicy:
     def __post_init__(self) -> None:
         _check_whole("max_restarts", self.max_restarts, 0, 1000, "use 0 for none")
         _check_number("window_s", self.window_s, 0.0, MAX_DEADLINE_S, "in seconds", above=True)
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """A trace of a launch: where it goes, and how much of it is kept.
+
+    Args:
+        path: of the file to make; an earlier trace there is replaced.
+        max_events: that the driver and each rank keep, the last ones; the file says how many there were before. One takes 48 B of
+            memory, which a rank has from its start, and about 200 B in the file. Rounded up to a power of two.
+
+    Raises:
+        ConfigError: ``max_events`` out of its range.
+    """
+
+    path: str | PathLike[str]
+    max_events: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        _check_whole("max_events", self.max_events, 64, 1 << 24, "a step of a rank takes one, and one for each of its spans")
+
+    @property
+    def capacity(self) -> int:
+        """``max_events``, rounded up."""
+        return 1 << (self.max_events - 1).bit_length()
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,38 @@
 
 Standard library only, so that a driver refuses a bad checkpoint before any process starts.
 
-The four families are one model whose variants are fields:
+The families are one model whose variants are fields:
 
-    LlamaForCausalLM      biases and rope scaling as config.json says
-    MistralForCausalLM    no biases, a sliding window
-    Qwen2ForCausalLM      biases on q, k and v
-    Qwen3ForCausalLM      norms on each head of q and k; head_dim is free of hidden_size
+    LlamaForCausalLM       biases and rope scaling as config.json says
+    MistralForCausalLM     no biases, a sliding window
+    Qwen2ForCausalLM       biases on q, k and v
+    Qwen3ForCausalLM       norms on each head of q and k; head_dim is free of hidden_size
+    MixtralForCausalLM     Mistral's attention; mixtures of experts instead of the MLPs, see mixture_config.py
+    Qwen2MoeForCausalLM    Qwen2's attention and mixtures
+    Qwen3MoeForCausalLM    Qwen3's attention and mixtures
+    Dots1ForCausalLM       Qwen3's attention and DeepSeek-V3's mixtures
+    Glm4MoeForCausalLM     the same mixtures; half of each head's dims are rotated, biases and head norms as config.json says
 """
 
 from __future__ import annotations
 
-import reprlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .config_fields import Fields, shown
 from .errors import CheckpointError, TopologyError
+from .mixture_config import DOTS1, GLM4_MOE, MIXTRAL, MIXTURES, QWEN2_MOE, QWEN3_MOE, MixtureConfig, mixture_shapes, read_mixture
 from .safetensors_files import find_tensors, read_json_object, read_safetensors_header
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
-ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, *MIXTURES)
 CONFIG_DTYPES = ("float32", "float16", "bfloat16")
 STORED_DTYPES = ("F32", "F16", "BF16")
 _MAX_LAYERS, _MAX_HEADS = 10_000, 1 << 16  # what follows from them is listed before a tensor is looked at
-_shortener = reprlib.Repr()
-_shortener.maxlist = _shortener.maxdict = 8
-_shortener.maxlevel = 2
-_shortener.maxstring = 100
+_HEAD_BIASES = (LLAMA, QWEN3, QWEN3_MOE, DOTS1)  # attention_bias is that of all four projections
+_HEAD_NORMS = (QWEN3, QWEN3_MOE, DOTS1)
+_WINDOW_FLAG = (QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE)  # sliding_window counts with use_sliding_window only
+_DEFAULT_WINDOWS = dict.fromkeys((MISTRAL, QWEN3_MOE, DOTS1), 4096)
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,10 @@ class ModelConfig:
     """The sizes and variants of one model of the Llama family, under the names of config.json.
 
     ``attention_bias`` is the bias of q, k and v, ``output_bias`` that of the attention's output projection, ``qk_norm`` a norm
-    on each head of q and k. With ``sliding_window`` W a token sees the W latest positions, its own included. ``dtype`` is the
-    one the checkpoint asks for. ``eos_token_ids`` are those of config.json and generation_config.json together.
+    on each head of q and k; the first ``rotary_dim`` dims of a head are rotated. With ``sliding_window`` W a token sees the W
+    latest positions, its own included. ``dtype`` is the one the checkpoint asks for. ``eos_token_ids`` are those of config.json and
+    generation_config.json together. The layers that ``mixture`` names have a mixture of experts where the others have an MLP of
+    width ``intermediate_size``.
     """
 
     architecture: str
@@ -59,6 +66,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
@@ -71,50 +79,11 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    mixture: MixtureConfig | None = None
 
-
-class _Fields:
-    """Typed reads from one JSON object of a file; null counts as absent."""
-
-    def __init__(self, values: dict[str, object], where: str) -> None:
-        self.values = values
-        self.where = where
-
-    def get(self, name: str, default: object = None) -> object:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"{self.where} has no {name}; the model cannot be built without it")
-        return value
-
-    def whole(self, name: str, default: int | None = None, *, high: int = (1 << 31) - 1) -> int:
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be a whole number from 1 to {high}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
-            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be a finite number above 0")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.get(name, False)
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be true or false")
-        return value
-
-    def object(self, name: str) -> _Fields:
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}; it must be an object")
-        return _Fields(value, f"{self.where}: {name}")
-
-
-def _shown(value: object) -> str:
-    """Return the beginning of what a file says, for an error, however large or deep it is."""
-    return _shortener.repr(value)
+    def mixture_of(self, layer: int) -> MixtureConfig | None:
+        """Return the mixture that a layer has, None where it has an MLP."""
+        return self.mixture if self.mixture is not None and layer in self.mixture.layers else None
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -127,15 +96,15 @@ def read_model_config(directory: Path) -> ModelConfig:
     if not directory.is_dir():
         raise CheckpointError(f"no model directory {directory}; give a local directory with config.json and model.safetensors")
     path = directory / "config.json"
-    fields = _Fields(read_json_object(path), str(path))
+    fields = Fields(read_json_object(path), str(path))
     architecture = _read_architecture(fields)
     _refuse_unsupported(fields)
     num_heads, num_kv_heads, head_dim = _read_heads(fields, architecture)
-    theta, scaling = _read_rope(fields)
-    both_biases = architecture in (LLAMA, QWEN3) and fields.flag("attention_bias")
+    rotary_dim, theta, scaling = _read_rope(fields, architecture, head_dim)
+    output_bias = architecture in _HEAD_BIASES and fields.flag("attention_bias")
     dtype = fields.get("dtype", fields.get("torch_dtype", "float32"))
     if dtype not in CONFIG_DTYPES:
-        raise CheckpointError(f"{path}: dtype is {_shown(dtype)}; supported are {', '.join(CONFIG_DTYPES)}")
+        raise CheckpointError(f"{path}: dtype is {shown(dtype)}; supported are {', '.join(CONFIG_DTYPES)}")
     num_layers = fields.whole("num_hidden_layers", high=_MAX_LAYERS)
     return ModelConfig(
         architecture=architecture,
@@ -146,38 +115,40 @@ def read_model_config(directory: Path) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
+        rotary_dim=rotary_dim,
         max_position_embeddings=fields.whole("max_position_embeddings"),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-5 if architecture in (MIXTRAL, GLM4_MOE) else 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         sliding_window=_read_sliding_window(fields, architecture, num_layers),
-        attention_bias=both_biases or architecture == QWEN2,
-        output_bias=both_biases,
+        attention_bias=output_bias or _has_qkv_bias(fields, architecture),
+        output_bias=output_bias,
         mlp_bias=architecture == LLAMA and fields.flag("mlp_bias"),
-        qk_norm=architecture == QWEN3,
+        qk_norm=architecture in _HEAD_NORMS or (architecture == GLM4_MOE and fields.flag("use_qk_norm")),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         dtype=str(dtype),
         eos_token_ids=_read_eos(directory, fields),
+        mixture=read_mixture(fields, architecture, num_layers, find_tensors(directory)) if architecture in MIXTURES else None,
     )
 
 
-def _read_architecture(fields: _Fields) -> str:
+def _read_architecture(fields: Fields) -> str:
     names = fields.get("architectures")
     for name in names if isinstance(names, list) else ():
         if name in ARCHITECTURES:
             return str(name)
-    raise CheckpointError(f"{fields.where}: architectures is {_shown(names)}; supported are {', '.join(ARCHITECTURES)}")
+    raise CheckpointError(f"{fields.where}: architectures is {shown(names)}; supported are {', '.join(ARCHITECTURES)}")
 
 
-def _refuse_unsupported(fields: _Fields) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
     if fields.values.get("quantization_config") is not None:
         raise CheckpointError(f"{fields.where} has a quantization_config; quantized weights are not supported, use a float checkpoint")
     activation = fields.get("hidden_act", "silu")
     if activation != "silu":
-        raise CheckpointError(f"{fields.where}: hidden_act is {_shown(activation)}; only 'silu' is supported")
+        raise CheckpointError(f"{fields.where}: hidden_act is {shown(activation)}; only 'silu' is supported")
 
 
-def _read_heads(fields: _Fields, architecture: str) -> tuple[int, int, int]:
+def _read_heads(fields: Fields, architecture: str) -> tuple[int, int, int]:
     num_heads = fields.whole("num_attention_heads", high=_MAX_HEADS)
     # Only Llama's own default is "as many as heads"; the other families always write the field.
     num_kv_heads = fields.whole("num_key_value_heads", num_heads if architecture == LLAMA else None, high=_MAX_HEADS)
@@ -189,73 +160,119 @@ def _read_heads(fields: _Fields, architecture: str) -> tuple[int, int, int]:
     return num_heads, num_kv_heads, head_dim
 
 
-def _read_rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
-    """Transformers 5 writes one object ``rope_parameters``; older files have ``rope_theta`` beside ``rope_scaling``."""
+def _has_qkv_bias(fields: Fields, architecture: str) -> bool:
+    """Whether q, k and v have a bias where the output has none."""
+    if architecture == QWEN2_MOE:
+        return fields.flag("qkv_bias", True)
+    return architecture == QWEN2 or (architecture == GLM4_MOE and fields.flag("attention_bias"))
+
+
+def _read_rotary_dim(fields: Fields, rope: Fields, architecture: str, head_dim: int) -> int:
+    is_partial = architecture == GLM4_MOE
+    factor = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 0.5 if is_partial else 1.0))
+    if factor == 1:
+        return head_dim
+    rotary_dim = int(head_dim * min(factor, 2.0))
+    if not is_partial or not 2 <= rotary_dim < head_dim or rotary_dim % 2:
+        wanted = f"an even number of a head's {head_dim} dims must be rotated" if is_partial else "only 1 is supported"
+        raise CheckpointError(f"{fields.where}: partial_rotary_factor is {factor}; {wanted}")
+    return rotary_dim
+
+
+def _read_rope(fields: Fields, architecture: str, head_dim: int) -> tuple[int, float, RopeScaling | None]:
+    """Return how many dims of a head are rotated, theta and the scaling.
+
+    Transformers 5 writes one object ``rope_parameters``; older files have ``rope_theta`` beside ``rope_scaling``.
+    """
     rope = fields.object("rope_parameters" if fields.values.get("rope_parameters") is not None else "rope_scaling")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
-    partial = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
-    if partial != 1:
-        raise CheckpointError(f"{fields.where}: partial_rotary_factor is {partial}; only 1 is supported")
+    theta = rope.number("rope_theta", fields.number("rope_theta", 1e6 if architecture == MIXTRAL else 1e4))
+    rotary_dim = _read_rotary_dim(fields, rope, architecture, head_dim)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return rotary_dim, theta, None
     if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor"))
+        return rotary_dim, theta, RopeScaling("linear", rope.number("factor"))
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if not low < high:
             raise CheckpointError(f"{rope.where}: low_freq_factor {low} must be below high_freq_factor {high}")
-        return theta, RopeScaling("llama3", rope.number("factor"), low, high, rope.whole("original_max_position_embeddings"))
-    raise CheckpointError(f"{rope.where}: rope_type is {_shown(kind)}; supported are default, linear, llama3")
+        positions = rope.whole("original_max_position_embeddings")
+        return rotary_dim, theta, RopeScaling("llama3", rope.number("factor"), low, high, positions)
+    raise CheckpointError(f"{rope.where}: rope_type is {shown(kind)}; supported are default, linear, llama3")
 
 
-def _read_sliding_window(fields: _Fields, architecture: str, num_layers: int) -> int | None:
-    if architecture == LLAMA:
+def _read_sliding_window(fields: Fields, architecture: str, num_layers: int) -> int | None:
+    if architecture in (LLAMA, GLM4_MOE) or (architecture in _WINDOW_FLAG and not fields.flag("use_sliding_window")):
         return None
-    if architecture == MISTRAL:
-        if "sliding_window" in fields.values and fields.values["sliding_window"] is None:
-            return None
-        return fields.whole("sliding_window", 4096)
-    if not fields.flag("use_sliding_window") or fields.values.get("sliding_window") is None:
+    default = _DEFAULT_WINDOWS.get(architecture)
+    if fields.values.get("sliding_window", default) is None:  # a null that is written means none, whatever the default
         return None
-    first = fields.get("max_window_layers", 28)
-    default = ["sliding_attention" if isinstance(first, int) and i >= first else "full_attention" for i in range(num_layers)]
-    kinds = fields.get("layer_types", default)
+    kinds = fields.get("layer_types", _default_layer_types(fields, architecture, num_layers))
     if kinds == ["full_attention"] * num_layers:
         return None
     if kinds == ["sliding_attention"] * num_layers:
-        return fields.whole("sliding_window")
-    raise CheckpointError(f"{fields.where}: layer_types mix full and sliding attention ({_shown(kinds)}); all layers must be of one kind")
+        return fields.whole("sliding_window", default)
+    raise CheckpointError(f"{fields.where}: layer_types mix full and sliding attention ({shown(kinds)}); all layers must be of one kind")
 
 
-def _read_eos(directory: Path, fields: _Fields) -> tuple[int, ...]:
+def _default_layer_types(fields: Fields, architecture: str, num_layers: int) -> list[str]:
+    """Return what each family's own configuration class assumes where layer_types is missing."""
+    slides = [True] * num_layers  # Mistral, Mixtral, Qwen3-MoE: the window is for all layers
+    if architecture in (QWEN2, QWEN3):
+        first = fields.whole("max_window_layers", 28, low=0)
+        slides = [layer >= first for layer in range(num_layers)]
+    elif architecture == DOTS1:
+        first = fields.whole("max_window_layers", 62, low=0)
+        slides = [layer >= first for layer in range(num_layers)]
+    elif architecture == QWEN2_MOE:
+        end = fields.whole("max_window_layers", 28, low=0)
+        slides = [layer % 2 == 0 and layer < end for layer in range(num_layers)]
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+
+
+def _read_eos(directory: Path, fields: Fields) -> tuple[int, ...]:
     sources = [fields]
     path = directory / "generation_config.json"
     if path.exists():
-        sources.insert(0, _Fields(read_json_object(path), str(path)))
+        sources.insert(0, Fields(read_json_object(path), str(path)))
     found: dict[int, None] = {}  # a dict keeps the order, and every rank must see the same one
     for source in sources:
         value = source.get("eos_token_id", [])
         for token in value if isinstance(value, list) else [value]:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 1 << 31:
-                raise CheckpointError(f"{source.where}: eos_token_id is {_shown(value)}; it must be a token id or a list of them")
+                raise CheckpointError(f"{source.where}: eos_token_id is {shown(value)}; it must be a token id or a list of them")
             found[token] = None
     return tuple(found)
 
 
 def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
-    """Check that ``tp`` ranks can share each layer.
+    """Check that ``tp`` ranks can share each layer; experts are placed whole, in any number.
 
     Raises:
-        TopologyError: ``tp`` does not divide the heads or the MLP, or fits the KV heads neither way; names the sizes that work.
+        TopologyError: ``tp`` does not divide the heads or an MLP, or fits the KV heads neither way; names the sizes that work.
     """
-    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.intermediate_size
-    works = [n for n in range(1, heads + 1) if heads % n == 0 and width % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    heads, kv_heads, widths = config.num_heads, config.num_kv_heads, _shared_widths(config)
+    works = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and not any(width % n for width in widths.values()) and (kv_heads % n == 0 or n % kv_heads == 0)
+    ]
     if tp not in works:
+        sizes = [f"{heads} heads", f"{kv_heads} KV heads", *(f"{name} {width}" for name, width in widths.items())]
         raise TopologyError(
-            f"tp {tp} does not fit {heads} heads, {kv_heads} KV heads and intermediate_size {width}: it must divide the first and the "
-            f"last, and divide the KV heads or be a multiple of them; choose one of {', '.join(map(str, works))}"
+            f"tp {tp} does not fit {', '.join(sizes[:-1])} and {sizes[-1]}: it must divide all but the KV heads, and divide those or be "
+            f"a multiple of them; choose one of {', '.join(map(str, works))}"
         )
+
+
+def _shared_widths(config: ModelConfig) -> dict[str, int]:
+    """Return the widths of the MLPs that the ranks share out, by what they are called."""
+    widths, mixture = {}, config.mixture
+    if mixture is None or len(mixture.layers) < config.num_layers:
+        widths["intermediate_size"] = config.intermediate_size
+    if mixture is not None and mixture.shared_size:
+        widths["a shared expert of width"] = mixture.shared_size
+    return widths
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -265,17 +282,20 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    linears = {
+    attention = {
         "self_attn.q_proj": (q_rows, hidden, config.attention_bias),
         "self_attn.k_proj": (kv_rows, hidden, config.attention_bias),
         "self_attn.v_proj": (kv_rows, hidden, config.attention_bias),
         "self_attn.o_proj": (hidden, q_rows, config.output_bias),
+    }
+    mlp = {
         "mlp.gate_proj": (width, hidden, config.mlp_bias),
         "mlp.up_proj": (width, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, width, config.mlp_bias),
     }
-    for prefix in (f"model.layers.{i}." for i in range(config.num_layers)):
-        for name, (rows, columns, has_bias) in linears.items():
+    for layer in range(config.num_layers):
+        prefix, mixture = f"model.layers.{layer}.", config.mixture_of(layer)
+        for name, (rows, columns, has_bias) in ({**attention, **mlp} if mixture is None else attention).items():
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if has_bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
@@ -283,6 +303,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = (hidden,)
         for name in ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ():
             shapes[f"{prefix}{name}.weight"] = (config.head_dim,)
+        if mixture is not None:
+            shapes.update((f"{prefix}{name}", shape) for name, shape in mixture_shapes(mixture, hidden).items())
     return shapes
 
 

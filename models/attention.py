@@ -1,10 +1,11 @@
 """Causal attention over the paged KV cache, behind an interface that a GPU backend can fill.
 
-The rows of a step are packed: the chunks first, one after another, then one row for each decoding sequence. A layer's cache is
-one tensor [2, slots, K, E], keys then values; slot = block_id * block_size + offset. Slots 0 to block_size - 1 are a block that
-no sequence owns, and padding points there.
+The rows of a step are packed: the chunks first, one after another, then one row for each decoding sequence. A layer's cache is a
+``KvLayer``, a tensor [blocks, 2K, P, E]: in a block the P positions of each head's keys, then those of its values. So the context of
+a head is read a block at a time, P * E numbers in a row, and what is read needs no transposing. Block 0 belongs to no sequence, and
+padding points there.
 
-T tokens, D decode rows, C context positions, H heads, K kv heads, G = H / K, E head dim.
+T tokens, D decode rows, B blocks of a context, C positions of it, P positions in a block, H heads, K kv heads, G = H / K, E head dim.
 """
 
 from __future__ import annotations
@@ -17,6 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SPARE_POSITIONS = 64  # room to grow into for each kept context
+_MAX_KEPT_BYTES = 256 << 20  # of all layers
+
+
+class KvLayer:
+    """The KV cache of one layer.
+
+    Attributes:
+        cache: [blocks, 2K, P, E], zeroed: padding is read, and a NaN there would pass through a weight of zero.
+        positions: the same memory as [blocks * 2K * P, E]; blocks: as [blocks * 2K, P * E].
+        contexts: what the attention backend keeps for the layer from one step to the next.
+    """
+
+    def __init__(
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.cache = torch.zeros(num_blocks, 2 * num_kv_heads, block_size, head_dim, dtype=dtype, device=device)
+        self.positions = self.cache.view(-1, head_dim)
+        self.blocks = self.cache.view(-1, block_size * head_dim)
+        self.contexts = self.cache.new_empty(0)
+
 
 @dataclass(frozen=True)
 class ChunkSpan:
@@ -25,12 +47,14 @@ class ChunkSpan:
     Args:
         start: its first row in the packed step.
         num_tokens: its rows.
-        read_slots: int64 [C], the KV slots of its whole context in order, the chunk's own included.
+        context: positions of its whole context, the chunk's own included.
+        blocks: int64 [B], the blocks of that context in order.
     """
 
     start: int
     num_tokens: int
-    read_slots: Tensor
+    context: int
+    blocks: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,25 +62,36 @@ class AttentionInputs:
     """Where the tokens of a step lie in the KV cache; the same for every layer.
 
     Args:
+        block_size: P.
         positions: int64 [T], each token's place in its sequence.
-        write_slots: int64 [T], the KV slot of each token.
+        max_length: positions of the longest context, known without asking the device.
+        write_blocks, write_places: int64 [T], the KV block of each token and its place in it.
         chunks: the prompt parts, in the order of their rows, from row 0 without gaps.
         decode_start: rows from here to T are one token of one sequence each.
-        decode_read_slots: int64 [D, C], the slots of each decode row's context, padded with 0.
+        decode_blocks: int64 [D, B], the blocks of each decode row's context, padded with 0.
         decode_lengths: int64 [D], the context length of each decode row, its own token included; at least 1.
+        repeats_decodes: the decode rows are those of the step before with these caches, each one token longer, and there are no chunks.
     """
 
+    block_size: int
     positions: Tensor
-    write_slots: Tensor
+    max_length: int
+    write_blocks: Tensor
+    write_places: Tensor
     chunks: tuple[ChunkSpan, ...]
     decode_start: int
-    decode_read_slots: Tensor
+    decode_blocks: Tensor
     decode_lengths: Tensor
+    repeats_decodes: bool = False
+
+    @property
+    def num_decodes(self) -> int:
+        """D."""
+        return self.decode_lengths.shape[0]
 
 
-AttendLayer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(query [T, H, E], key [T, K, E], value [T, K, E], cache [2, slots, K, E]) -> [T, H * E]: stores key and value in the layer's
-cache, then attends."""
+AttendLayer = Callable[[Tensor, Tensor, KvLayer], Tensor]
+"""(query [T, H, E], keys and values [T, 2K, E], layer) -> [T, H * E]: stores keys and values in the layer's cache, then attends."""
 
 
 class AttentionBackend(Protocol):
@@ -66,40 +101,177 @@ class AttentionBackend(Protocol):
         """Prepare what the layers of one step share (masks, say) and return the function that each of them calls."""
 
 
-class SdpaAttention:
-    """Attention by ``scaled_dot_product_attention``: decode rows in one padded call, each chunk in a call of its own.
+class PagedAttention:
+    """Attention over gathered blocks: decode rows in one padded call, each chunk in a call of its own.
+
+    What lies past a context in its last block is masked, and must only be finite.
+
+    On a CPU in float32 the gathered contexts of decode rows are kept, and while the same rows go on, each gets its new position and
+    nothing is gathered: at 512 positions that was most of a step. It costs their memory again, so above ``_MAX_KEPT_BYTES`` they are
+    gathered at each step.
 
     Args:
-        num_kv_heads: KV heads of this rank.
+        num_heads, num_kv_heads: of this rank.
+        head_dim: E.
+        num_layers: that call it in a step.
         sliding_window: W, where a token sees the W latest positions; None where it sees all.
         dtype: of queries and cache; additive masks must match it.
+        device: of all tensors.
     """
 
-    def __init__(self, num_kv_heads: int, *, sliding_window: int | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_layers: int,
+        *,
+        sliding_window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.num_kv_heads = num_kv_heads
+        self.group_size = num_heads // num_kv_heads
+        self.head_dim = head_dim
+        self.num_layers = num_layers
         self.sliding_window = sliding_window
         self.dtype = dtype
+        self.scale = head_dim**-0.5
+        # Matrix products take two thirds of the time of scaled_dot_product_attention for one row a sequence, with several threads a
+        # third; but only that one adds up halves in float32.
+        self.has_plain_decode = device.type == "cpu" and dtype == torch.float32
+        self._rows_per_block = 2 * num_kv_heads
+        self._rows = torch.arange(2 * num_kv_heads, device=device)
+        self._shared = torch.empty(0, dtype=dtype, device=device)
+        self._kept_shape = (0, 0)  # decode rows and positions of the layers' kept contexts
 
     def begin_step(self, inputs: AttentionInputs) -> AttendLayer:
-        """Build the masks of the step, as ``AttentionBackend`` asks."""
-        num_decodes = inputs.decode_lengths.shape[0]
-        decode_mask = self._decode_mask(inputs) if num_decodes else None
-        chunk_masks = [self._chunk_mask(chunk) for chunk in inputs.chunks]
+        """Build the masks and indices of the step, as ``AttentionBackend`` asks."""
+        write_rows = torch.add(inputs.write_places[:, None], self._block_rows(inputs.write_blocks), alpha=inputs.block_size)  # [T, 2K]
+        parts = [self._begin_chunk(chunk) for chunk in inputs.chunks]
+        if inputs.num_decodes:
+            parts.append(self._begin_decodes(inputs))
+        else:
+            self._kept_shape = (0, 0)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor, cache: Tensor) -> Tensor:
-            cache[0].index_copy_(0, inputs.write_slots, key)
-            cache[1].index_copy_(0, inputs.write_slots, value)
-            outputs = [self._attend_chunk(chunk, mask, query, key, value, cache) for chunk, mask in zip(inputs.chunks, chunk_masks)]
-            if decode_mask is not None:
-                outputs.append(self._attend_decodes(inputs, decode_mask, query, cache))
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        def attend(query: Tensor, keys_values: Tensor, layer: KvLayer) -> Tensor:
+            layer.positions.index_put_((write_rows,), keys_values)
+            if len(parts) == 1:
+                return parts[0](query, keys_values, layer)
+            return torch.cat([attend_part(query, keys_values, layer) for attend_part in parts])
 
         return attend
 
-    def _decode_mask(self, inputs: AttentionInputs) -> Tensor:
+    def _begin_chunk(self, chunk: ChunkSpan) -> AttendLayer:
+        mask = self._chunk_mask(chunk)
+        rows = slice(chunk.start, chunk.start + chunk.num_tokens)
+        read_rows = self._block_rows(chunk.blocks).t().flatten()  # [2K * B]
+
+        def attend_chunk(query: Tensor, keys_values: Tensor, layer: KvLayer) -> Tensor:
+            """Attend from the chunk's rows."""
+            if mask is None:
+                context = keys_values[rows].transpose(0, 1)  # [2K, rows, E]
+            else:
+                gathered = self._gather_shared(layer, read_rows)
+                context = gathered.view(self._rows_per_block, -1, self.head_dim)[:, : chunk.context]
+            keys, values = context[None].chunk(2, 1)  # [1, K, rows or C, E]
+            queries = query[rows].transpose(0, 1)[None]
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            return out[0].transpose(0, 1).flatten(1)
+
+        return attend_chunk
+
+    def _begin_decodes(self, inputs: AttentionInputs) -> AttendLayer:
+        if not self.has_plain_decode:
+            return self._begin_fused_decodes(inputs)
+        start, num_groups = inputs.decode_start, inputs.num_decodes * self.num_kv_heads
+        context = inputs.decode_blocks.shape[1] * inputs.block_size
+        extend = self._begin_contexts(inputs)
+        mask = self._decode_mask(inputs, context).expand(-1, self.num_kv_heads, -1, -1).flatten(0, 1)  # [D * K, 1, C]
+
+        def attend_decodes(query: Tensor, keys_values: Tensor, layer: KvLayer) -> Tensor:
+            keys, values = extend(keys_values, layer)  # [D * K, at least C, E]
+            # The G heads that share a KV head stand as G query rows: less to read than enable_gqa has.
+            queries = query[start:].reshape(num_groups, self.group_size, self.head_dim)
+            scores = torch.baddbmm(mask, queries, keys[:, :context].transpose(1, 2), alpha=self.scale)
+            return torch.bmm(scores.softmax(-1), values[:, :context]).view(inputs.num_decodes, -1)
+
+        return attend_decodes
+
+    def _begin_contexts(self, inputs: AttentionInputs) -> Callable[[Tensor, KvLayer], tuple[Tensor, ...]]:
+        """Return what gives a layer's keys and values of the decode rows, each [D * K, at least C, E]."""
+        num_rows, capacity = self._kept_shape
+        if inputs.repeats_decodes and num_rows == inputs.num_decodes and inputs.decode_blocks.shape[1] * inputs.block_size <= capacity:
+            return self._begin_extension(inputs, capacity)
+        rows, capacity = self._decode_rows(inputs, _SPARE_POSITIONS)
+        num_bytes = self.num_layers * len(rows) * inputs.block_size * self.head_dim * self.dtype.itemsize
+        if num_bytes > _MAX_KEPT_BYTES:
+            self._kept_shape = (0, 0)
+            rows, _ = self._decode_rows(inputs, 0)
+            return lambda _, layer: self._split(self._gather_shared(layer, rows), inputs)
+        self._kept_shape = (inputs.num_decodes, capacity)
+
+        def gather(_: Tensor, layer: KvLayer) -> tuple[Tensor, ...]:
+            layer.contexts = layer.blocks.index_select(0, rows)
+            return self._split(layer.contexts, inputs)
+
+        return gather
+
+    def _begin_extension(self, inputs: AttentionInputs, capacity: int) -> Callable[[Tensor, KvLayer], tuple[Tensor, ...]]:
+        """Return what writes the new position of each decode row into a layer's kept contexts [2, D, K, capacity, E]."""
+        num_rows, heads = inputs.num_decodes, self.num_kv_heads
+        firsts = torch.arange(0, 2 * num_rows * heads * capacity, capacity).view(2, num_rows, heads).transpose(0, 1).flatten(1)  # [D, 2K]
+        places = firsts.add_(inputs.decode_lengths[:, None] - 1)
+
+        def extend(keys_values: Tensor, layer: KvLayer) -> tuple[Tensor, ...]:
+            layer.contexts.view(-1, self.head_dim).index_put_((places,), keys_values)
+            return self._split(layer.contexts, inputs)
+
+        return extend
+
+    def _begin_fused_decodes(self, inputs: AttentionInputs) -> AttendLayer:
+        """The same with ``scaled_dot_product_attention``."""
+        read_rows, context = self._decode_rows(inputs, 0)
+        mask = self._decode_mask(inputs, context)
+        start, num_rows = inputs.decode_start, inputs.num_decodes
+
+        def attend_decodes(query: Tensor, keys_values: Tensor, layer: KvLayer) -> Tensor:
+            gathered = self._gather_shared(layer, read_rows)
+            keys, values = gathered.view(2, num_rows, self.num_kv_heads, -1, self.head_dim).unbind()
+            grouped = query[start:].reshape(num_rows, self.num_kv_heads, self.group_size, self.head_dim)
+            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
+
+        return attend_decodes
+
+    def _decode_rows(self, inputs: AttentionInputs, num_spare: int) -> tuple[Tensor, int]:
+        """Return int64 [2 * D * K * B], where ``KvLayer.blocks`` has the contexts of the decode rows with ``num_spare`` positions more of
+        block 0 at least, and the positions of each with these."""
+        blocks = F.pad(inputs.decode_blocks, (0, -(-num_spare // inputs.block_size)))
+        rows = self._block_rows(blocks).view(inputs.num_decodes, -1, 2, self.num_kv_heads)
+        return rows.permute(2, 0, 3, 1).flatten(), blocks.shape[1] * inputs.block_size
+
+    def _split(self, gathered: Tensor, inputs: AttentionInputs) -> tuple[Tensor, ...]:
+        """Return keys and values, each [D * K, C, E], of what was gathered for ``_decode_rows``."""
+        return gathered.view(2, inputs.num_decodes * self.num_kv_heads, -1, self.head_dim).unbind()
+
+    def _block_rows(self, blocks: Tensor) -> Tensor:
+        """Return [..., 2K], where ``KvLayer.blocks`` has the ``blocks`` [...]."""
+        return torch.add(self._rows, blocks[..., None], alpha=self._rows_per_block)
+
+    def _gather_shared(self, layer: KvLayer, rows: Tensor) -> Tensor:
+        """Return those rows of ``KvLayer.blocks``, until the next call.
+
+        Into memory that all layers share: to get megabytes from the system each time took ten times as long as to copy them.
+        """
+        size = len(rows) * layer.blocks.shape[1]
+        if self._shared.numel() < size:
+            self._shared = torch.empty(2 * size, dtype=self.dtype, device=rows.device)
+        return torch.index_select(layer.blocks, 0, rows, out=self._shared[:size].view(len(rows), -1))
+
+    def _decode_mask(self, inputs: AttentionInputs, context: int) -> Tensor:
         """Additive [D, 1, 1, C]."""
         lengths = inputs.decode_lengths[:, None]
-        places = torch.arange(inputs.decode_read_slots.shape[1], device=lengths.device)
+        places = torch.arange(context, device=lengths.device)
         hidden = places >= lengths
         if self.sliding_window is not None:
             hidden |= places < lengths - self.sliding_window
@@ -107,10 +279,10 @@ class SdpaAttention:
 
     def _chunk_mask(self, chunk: ChunkSpan) -> Tensor | None:
         """Additive [rows, C]; None where plain causality over the chunk's own rows says it all."""
-        context, window = chunk.read_slots.shape[0], self.sliding_window
+        context, window = chunk.context, self.sliding_window
         if context == chunk.num_tokens and (window is None or context <= window):
             return None
-        keys = torch.arange(context, device=chunk.read_slots.device)
+        keys = torch.arange(context, device=chunk.blocks.device)
         queries = keys[context - chunk.num_tokens :, None]
         hidden = keys > queries
         if window is not None:
@@ -119,20 +291,3 @@ class SdpaAttention:
 
     def _additive(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-
-    def _attend_chunk(self, chunk: ChunkSpan, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, cache: Tensor) -> Tensor:
-        rows = slice(chunk.start, chunk.start + chunk.num_tokens)
-        keys, values = (key[rows], value[rows]) if mask is None else (cache[i].index_select(0, chunk.read_slots) for i in (0, 1))
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[rows], keys, values))  # [1, H or K, rows or C, E]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out[0].transpose(0, 1).flatten(1)
-
-    def _attend_decodes(self, inputs: AttentionInputs, mask: Tensor, query: Tensor, cache: Tensor) -> Tensor:
-        num_rows, context = inputs.decode_read_slots.shape
-        shape = (num_rows, context, self.num_kv_heads, query.shape[-1])
-        slots = inputs.decode_read_slots.flatten()
-        # Each half of the cache is gathered along its first dim: over both at once, along dim 1, took three times as long.
-        keys, values = (cache[i].index_select(0, slots).view(shape).transpose(1, 2) for i in (0, 1))  # [D, K, C, E]
-        # The G heads that share a KV head stand as G query rows: 30 to 45 % faster on a CPU than enable_gqa.
-        grouped = query[inputs.decode_start :].view(num_rows, self.num_kv_heads, -1, query.shape[-1])  # [D, K, G, E]
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)

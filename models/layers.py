@@ -4,6 +4,9 @@
     row parallel        rank r has some input columns    one all-reduce
     vocabulary          rank r has vocab_start..vocab_end, padded so that all ranks have as many rows
 
+Once loaded, linears can be packed (see ``products``), which frees the weights: the ``pack`` of each takes them out of the module.
+Modules call each other's ``forward`` by name: what nn.Module does around it takes longer than a small kernel.
+
 T tokens, R rows, D model, V vocabulary.
 """
 
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .communicator import Communicator
+from .products import Product, build_product
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,13 @@ class WeightShard:
         name: the tensor's name in the checkpoint.
         parameter: what is filled.
         rows: which of its rows.
-        source: the part of the checkpoint tensor, a slice a dim; None fills the rows with zeros (padding of the vocabulary).
+        source: the part of the checkpoint tensor, a slice or an index a dim; None fills the rows with zeros (padding of the vocabulary).
     """
 
     name: str
     parameter: nn.Parameter
     rows: slice
-    source: tuple[slice, ...] | None
+    source: tuple[slice | int, ...] | None
 
 
 class ShardedModule(nn.Module, ABC):
@@ -52,7 +56,10 @@ def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn
 
 
 class RmsNorm(ShardedModule):
-    """x / sqrt(mean(x**2) + eps) * weight over the last dim; replicated on all ranks."""
+    """x / sqrt(mean(x**2) + eps) * weight over the last dim; replicated on all ranks.
+
+    ``fold`` hands the weight to the product that follows, which is packed anyway: two kernels fewer.
+    """
 
     def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -61,14 +68,28 @@ class RmsNorm(ShardedModule):
         self.weight = empty_parameter(size, dtype=dtype, device=device)
         self.root_size = math.sqrt(size)
         self.root_eps = torch.tensor(math.sqrt(eps), dtype=torch.float32, device=device)
+        self.is_folded = False
 
     def shards(self) -> Iterator[WeightShard]:
         yield WeightShard(f"{self.name}.weight", self.weight, slice(0, self.weight.shape[0]), (slice(None),))
+
+    def fold(self) -> Tensor | None:
+        """Leave the weight out from now on and return by what the inputs of the next product must be multiplied instead, [size].
+
+        None, and nothing changes, where one kernel does it all (GPUs), or where the products would be rounded otherwise (halves).
+        """
+        if self.weight.dtype != torch.float32 or self.weight.device.type != "cpu":
+            return None
+        self.is_folded = True
+        self.root_eps *= self.root_size  # x / sqrt(sum(x**2) + size * eps)
+        return self.weight * self.root_size
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float32 or x.device.type != "cpu":
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         # On a CPU F.rms_norm is seven kernels and a good part of a small model's step; hypot(a, b) = sqrt(a**2 + b**2) makes five.
+        if self.is_folded:
+            return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.root_eps)
         scale = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True).div_(self.root_size), self.root_eps)
         return (x / scale).mul_(self.weight)
 
@@ -91,6 +112,13 @@ class ColumnParallelLinear(ShardedModule):
         num_rows = sum(part.num_rows for part in parts)
         self.weight = empty_parameter(num_rows, in_size, dtype=dtype, device=device)
         self.bias = empty_parameter(num_rows, dtype=dtype, device=device) if bias else None
+        self.multiply: Product = build_product(self.weight, self.bias, is_packed=False)
+
+    def pack(self, input_scale: Tensor | None) -> None:
+        """Pack the weight, each of its columns multiplied by ``input_scale`` [in_size] if there is one, and give up the original."""
+        weight = self.weight if input_scale is None else self.weight * input_scale
+        self.multiply = build_product(weight, self.bias, is_packed=True)
+        del self.weight
 
     def shards(self) -> Iterator[WeightShard]:
         at = 0
@@ -102,7 +130,7 @@ class ColumnParallelLinear(ShardedModule):
             at += part.num_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.multiply(x)
 
 
 class RowParallelLinear(ShardedModule):
@@ -126,6 +154,12 @@ class RowParallelLinear(ShardedModule):
         self.columns = slice(communicator.rank * local_size, (communicator.rank + 1) * local_size)
         self.weight = empty_parameter(out_size, local_size, dtype=dtype, device=device)
         self.bias = empty_parameter(out_size, dtype=dtype, device=device) if bias else None
+        self.multiply: Product = build_product(self.weight, None, is_packed=False)
+
+    def pack(self) -> None:
+        """Pack the weight and give up the original."""
+        self.multiply = build_product(self.weight, None, is_packed=True)
+        del self.weight
 
     def shards(self) -> Iterator[WeightShard]:
         rows = slice(0, self.weight.shape[0])
@@ -134,7 +168,9 @@ class RowParallelLinear(ShardedModule):
             yield WeightShard(f"{self.name}.bias", self.bias, rows, (slice(None),))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.communicator.all_reduce(F.linear(x, self.weight))
+        out = self.multiply(x)
+        if self.communicator.size > 1:
+            out = self.communicator.all_reduce(out)
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -155,6 +191,18 @@ class VocabParallelTable(ShardedModule):
         self.end = self.start + num_rows
         self.num_tokens = max(0, min(num_rows, vocab_size - self.start))  # rows that are no padding
         self.weight = empty_parameter(num_rows, size, dtype=dtype, device=device)
+        self.multiply: Product = build_product(self.weight, None, is_packed=False)
+
+    def pack(self, input_scale: Tensor | None, *, keeps_rows: bool) -> None:
+        """Pack the weight for ``project``, as ``ColumnParallelLinear.pack`` does.
+
+        Args:
+            keeps_rows: keep the original too, for ``lookup``: the table then takes twice its memory.
+        """
+        weight = self.weight if input_scale is None else self.weight * input_scale
+        self.multiply = build_product(weight, None, is_packed=True)
+        if not keeps_rows:
+            del self.weight
 
     def shards(self) -> Iterator[WeightShard]:
         name, tokens = f"{self.name}.weight", self.num_tokens
@@ -174,6 +222,7 @@ class VocabParallelTable(ShardedModule):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [R, V_local] of ``hidden`` [R, D] for this rank's tokens; -inf for padding."""
-        logits = F.linear(hidden, self.weight).float()
-        logits[:, self.num_tokens :] = -torch.inf
+        logits = self.multiply(hidden).float()
+        if self.num_tokens < logits.shape[1]:
+            logits[:, self.num_tokens :] = -torch.inf
         return logits

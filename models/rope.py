@@ -4,7 +4,7 @@ The halves of a head are rotated against each other (Hugging Face's layout, not 
 
     out = x * cos + roll(x, E / 2) * sin'       with sin' = (-sin, sin) over the two halves
 
-T tokens, N heads, E head dim.
+T tokens, N heads, E dims of a head that are rotated.
 """
 
 from __future__ import annotations
@@ -16,30 +16,42 @@ from torch import Tensor, nn
 
 from ..model_config import ModelConfig, RopeScaling
 
+_FIRST_POSITIONS = 1024
+
 
 class RotaryEmbedding(nn.Module):
-    """The rotation of each position, computed once a step and shared by all layers.
+    """The rotation of each position, looked up once a step and shared by all layers.
 
-    Computed rather than looked up: a table for a context of a million positions would take half a gigabyte on every rank.
+    The table grows with the longest context that there was: one for a million positions would take half a gigabyte on every rank.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.dtype = dtype
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies = rotary_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
         # cos is even and sin is odd, so negative frequencies in the first half give (-sin, sin) for free.
         self.frequencies = torch.cat((-frequencies, frequencies)).to(device)
+        self.table = self._compute(_FIRST_POSITIONS)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and signed sin [T, 1, E] for ``positions`` int64 [T]; angles are float32 whatever the model's dtype."""
-        angles = (positions[:, None] * self.frequencies)[:, None]
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+    def forward(self, positions: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        """Return cos and signed sin [T, 1, E] for ``positions`` int64 [T], all below ``max_length``."""
+        if max_length > len(self.table):
+            self.table = self._compute(2 * max_length)
+        cos, signed_sin = self.table.index_select(0, positions).chunk(2, 1)
+        return cos, signed_sin
+
+    def _compute(self, num_positions: int) -> Tensor:
+        """Return [num_positions, 2, E], cos and signed sin; angles are float32 whatever the model's dtype."""
+        angles = torch.arange(num_positions, device=self.frequencies.device)[:, None] * self.frequencies
+        return torch.stack((angles.cos(), angles.sin()), 1).to(self.dtype)
 
 
-def apply_rotation(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate ``heads`` [T, N, E] by what ``RotaryEmbedding`` returned for their tokens."""
+def rotate_(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
+    """Rotate the first E dims of ``heads`` [T, N, dims] in place by what ``RotaryEmbedding`` returned for their tokens."""
     cos, signed_sin = rotation
-    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), signed_sin)
+    heads = heads[..., : cos.shape[-1]]  # GLM rotates a part of each head
+    rolled = heads.roll(heads.shape[-1] // 2, -1)
+    heads.mul_(cos).addcmul_(rolled, signed_sin)
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:

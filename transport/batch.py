@@ -35,6 +35,7 @@ I32Array = npt.NDArray[np.int32]
 FIXED = struct.Struct("<BBHHHII")
 SAME_DECODE = 1
 MAX_SLOT = (1 << 16) - 1
+_SAME_BATCH_BYTES = FIXED.pack(SAME_DECODE, 0, 0, 0, 0, 0, 0)
 _U16, _U32 = np.dtype("<u2"), np.dtype("<u4")
 _NO_U16: U16Array = np.empty(0, np.uint16)
 _NO_U32: U32Array = np.empty(0, np.uint32)
@@ -97,6 +98,9 @@ class BatchStep:
     decode_slots: U16Array | None = None
 
 
+SAME_BATCH = BatchStep()
+"""The step that changes nothing, which most steps are: who has it in hand need not look further."""
+
 _ADD_FIELDS = tuple(f.name for f in fields(SlotAdd))
 _ADD_ARRAYS = {"tokens": np.dtype("<i4"), "blocks": np.dtype("<u4"), "end_token_ids": np.dtype("<i4")}
 _ADD_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
@@ -104,6 +108,8 @@ _ADD_FLOATS = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_
 
 def encode_batch_step(step: BatchStep) -> bytes:
     """Return the packed bytes of a step: 16 B when nothing changed, and 6 B per appended block beyond that."""
+    if step is SAME_BATCH:
+        return _SAME_BATCH_BYTES
     decode = step.decode_slots
     adds = msgpack.packb([_add_to_list(add) for add in step.adds]) if step.adds else b""
     fixed = FIXED.pack(
@@ -132,9 +138,13 @@ def encode_batch_step(step: BatchStep) -> bytes:
 def decode_batch_step(data: bytes | memoryview) -> BatchStep:
     """Read what ``encode_batch_step`` wrote; arrays are read-only views of ``data`` where that is possible.
 
+    Where nothing changed it returns ``SAME_BATCH`` itself.
+
     Raises:
         BadFrameError: the lengths do not add up, or a field of an added sequence has the wrong type.
     """
+    if data == _SAME_BATCH_BYTES:
+        return SAME_BATCH
     if len(data) < FIXED.size:
         raise BadFrameError(f"a batch step has {len(data)} B; its fixed part alone has {FIXED.size}")
     flags, reserved, n_delete, n_chunk, n_decode, n_block, adds_bytes = FIXED.unpack_from(data)

@@ -48,7 +48,7 @@ class Bootstrap(ControlRecord):
 
 @dataclass(frozen=True)
 class Hello(ControlRecord):
-    """First record on each control connection of a rank; ``purpose`` is rank, beat or store."""
+    """First record on each control connection of a rank; ``purpose`` is rank, beat, store or trace."""
 
     token: bytes = blob(64, repr=False)
     rank: int = whole(MAX_RANK)
@@ -58,13 +58,18 @@ class Hello(ControlRecord):
     purpose: str = text(16)
 
 
+MAX_TRACE_EVENTS = 1 << 24
+MAX_TRACE_BYTES = MAX_RECORD_BYTES // 4
+
+
 @dataclass(frozen=True)
 class Welcome(ControlRecord):
     """The answer to a rank's hello. The worker's arguments follow as codec body and buffers.
 
     ``recording`` is that of the launch, beside which each rank writes its collectives; empty for none. ``nodes`` has the node of each
     rank; an axis whose ranks share one has ``local_communicator``, others ``communicator``. ``is_relayed``: ``step_endpoint`` is that of
-    the node's relay, whose frames come in parts.
+    the node's relay, whose frames come in parts. ``trace_events``: how many the rank keeps for the launch's trace, 0 for none; in the
+    file ``trace_path`` in the driver's memory, or, where it shares none with the driver, in memory, from which it sends ``TraceEvents``.
     """
 
     epoch: int = whole((1 << 32) - 1)
@@ -85,11 +90,30 @@ class Welcome(ControlRecord):
     local_communicator: str = text(64, default="")
     nodes: tuple[int, ...] = many(int, MAX_RANK + 1, default=())
     is_relayed: bool = flag(default=False)
+    trace_events: int = whole(MAX_TRACE_EVENTS, default=0)
+    trace_path: str = text(4096, default="")
+
+
+@dataclass(frozen=True)
+class TraceEvents(ControlRecord):
+    """What a rank of another node did since the last one: records of its ``TraceBuffer`` from number ``first`` on.
+
+    ``filled`` are earlier ones that have been completed, with their numbers, a u64 each; ``names`` are new ones, in order. The one with
+    ``is_closed`` is the rank's last and is answered with ``Accepted``.
+    """
+
+    first: int = whole(MAX_SEQ)
+    rows: bytes = blob(MAX_TRACE_BYTES)
+    filled_numbers: bytes = blob(MAX_TRACE_BYTES)
+    filled: bytes = blob(MAX_TRACE_BYTES)
+    names: tuple[str, ...] = many(str, 1 << 16)
+    num_unnamed: int = whole(MAX_SEQ, default=0)
+    is_closed: bool = flag(default=False)
 
 
 @dataclass(frozen=True)
 class Accepted(ControlRecord):
-    """The answer to the hello of a store connection; a beat connection gets none."""
+    """The answer to the hello of a store connection, and to a rank's last ``TraceEvents``; a beat connection gets none."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From the batch state to the tensors of one forward pass.
 
 Built with NumPy for the whole batch at once; only chunks, of which a step has few, are looped over.
-Shapes: T tokens of the step, R sampled rows, D decode rows, C context positions.
+Shapes: T tokens of the step, R sampled rows, D decode rows, B blocks of a context.
 """
 
 from __future__ import annotations
@@ -36,19 +36,24 @@ class StepInputs:
 
 def build_inputs(state: BatchState, rows: StepRows, device: torch.device) -> StepInputs:
     """Return the inputs of one step; ``rows`` must come from ``state.apply`` of that step."""
-    ends = rows.starts + rows.num_tokens
+    ends = rows.ends
     offsets = np.cumsum(rows.num_tokens)  # [N], the packed row after each sequence's last
     token_slots, positions = _expand(rows, offsets)
     block_indices, places = np.divmod(positions, state.block_size)
+    longest = int(ends.max(initial=0))
     is_sampled = ends == state.num_tokens[rows.slots]
     lengths = ends[rows.num_chunks :]  # [D]
     attention = AttentionInputs(
+        block_size=state.block_size,
         positions=_to_device(positions, device),
-        write_slots=_to_device(state.block_table[token_slots, block_indices] * state.block_size + places, device),
+        max_length=longest,
+        write_blocks=_to_device(state.block_table[token_slots, block_indices], device),
+        write_places=_to_device(places, device),
         chunks=_build_chunks(state, rows, offsets, device),
         decode_start=len(positions) - len(lengths),
-        decode_read_slots=_to_device(_decode_slots(state, rows.slots[rows.num_chunks :], lengths), device),
+        decode_blocks=_to_device(_decode_blocks(state, rows, lengths), device),
         decode_lengths=_to_device(lengths, device),
+        repeats_decodes=rows.repeats_decodes,
     )
     return StepInputs(
         token_ids=_to_device(state.tokens[token_slots, positions].astype(np.int64), device),
@@ -69,25 +74,18 @@ def _expand(rows: StepRows, offsets: I64Array) -> tuple[I64Array, I64Array]:
 def _build_chunks(state: BatchState, rows: StepRows, offsets: I64Array, device: torch.device) -> tuple[ChunkSpan, ...]:
     spans = []
     for i in range(rows.num_chunks):
-        count, end = int(rows.num_tokens[i]), int(rows.starts[i] + rows.num_tokens[i])
-        read_slots = _to_device(_context_slots(state, rows.slots[i : i + 1], end)[0], device)
-        spans.append(ChunkSpan(int(offsets[i]) - count, count, read_slots))
+        count, context = int(rows.num_tokens[i]), int(rows.ends[i])
+        blocks = state.block_table[rows.slots[i], : -(-context // state.block_size)]
+        # A copy: the table changes while a device may still be reading.
+        spans.append(ChunkSpan(int(offsets[i]) - count, count, context, _to_device(blocks.copy(), device)))
     return tuple(spans)
 
 
-def _decode_slots(state: BatchState, slots: I64Array, lengths: I64Array) -> I64Array:
-    """Return int64 [D, C], each row's context slots and then 0; C is the longest context."""
-    width = int(lengths.max(initial=0))
-    context: I64Array = _context_slots(state, slots, width) * (np.arange(width) < lengths[:, None])
-    return context
-
-
-def _context_slots(state: BatchState, slots: I64Array, width: int) -> I64Array:
-    """Return int64 [n, width], the flat KV slots of positions 0 to ``width - 1``; those past a sequence's blocks lie in block 0."""
-    size = state.block_size
-    blocks = state.block_table[slots, : -(-width // size)]  # [n, b]
-    flat = (blocks[:, :, None] * size + np.arange(size)).reshape(len(slots), blocks.shape[1] * size)
-    return flat[:, :width]
+def _decode_blocks(state: BatchState, rows: StepRows, lengths: I64Array) -> I64Array:
+    """Return int64 [D, B], the blocks of each row's context; B is that of the longest one."""
+    width = -(-int(lengths.max(initial=0)) // state.block_size)
+    blocks: I64Array = state.block_table[rows.slots[rows.num_chunks :], :width]
+    return blocks
 
 
 def _to_device(array: npt.NDArray[np.int64], device: torch.device) -> Tensor:

@@ -55,13 +55,17 @@ class StepRows:
         slots: int64 [N].
         starts: int64 [N], the first position that each computes.
         num_tokens: int64 [N], how many positions it computes.
+        ends: int64 [N], the position after each one's last.
         num_chunks: how many of the N are chunks.
+        repeats_decodes: there are no chunks, and the decode slots are those of the step before, which all have one token more.
     """
 
     slots: I64Array
     starts: I64Array
     num_tokens: I64Array
+    ends: I64Array
     num_chunks: int
+    repeats_decodes: bool = False
 
 
 class BatchState:
@@ -78,6 +82,7 @@ class BatchState:
         tokens: int32 [S, max_model_len + 1]. num_tokens, num_prompt, num_computed: int64 [S].
         block_table: int64 [S, B], 0 after a slot's last block. block_counts: int64 [S].
         sampling: records of ``SAMPLING_DTYPE`` [S]. end_token_ids: int32 [e] for each slot.
+        is_greedy: bool [S], where nothing but the largest logit is asked for.
     """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_blocks: int) -> None:
@@ -91,8 +96,10 @@ class BatchState:
         self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int64)
         self.block_counts = np.zeros(max_num_seqs, np.int64)
         self.sampling = np.zeros(max_num_seqs, SAMPLING_DTYPE)
+        self.is_greedy = np.zeros(max_num_seqs, np.bool_)
         self.end_token_ids: list[I32Array] = [np.empty(0, np.int32)] * max_num_seqs
         self._decode_slots: I64Array = np.empty(0, np.int64)
+        self._one_each: I64Array = np.empty(0, np.int64)  # tokens of the decode slots
 
     def apply(self, step: BatchStep) -> StepRows:
         """Apply a step's deltas (deletes, adds, blocks) and return the rows that it computes.
@@ -110,11 +117,14 @@ class BatchState:
             self._append_blocks(step.block_slots.astype(np.int64), step.block_ids.astype(np.int64))
         if step.decode_slots is not None:
             self._decode_slots = step.decode_slots.astype(np.int64)
+            self._one_each = np.ones(len(self._decode_slots), np.int64)
+        elif not (step.deletes or step.adds or len(step.chunk_slots)):
+            return self._repeat_decodes()
         return self._select_rows(step.chunk_slots.astype(np.int64), step.chunk_tokens.astype(np.int64), self._decode_slots)
 
     def mark_computed(self, rows: StepRows) -> None:
         """Record that the KV of these rows is in the cache now."""
-        self.num_computed[rows.slots] = rows.starts + rows.num_tokens
+        self.num_computed[rows.slots] = rows.ends
 
     def append_sampled(self, slots: I64Array, tokens: I32Array) -> None:
         """Append one sampled token to each of ``slots`` (int64 [R], no slot twice); ``tokens`` int32 [R].
@@ -154,7 +164,9 @@ class BatchState:
         self.block_table[slot] = 0
         self.block_counts[slot] = 0
         self._append_blocks(np.full(num_blocks, slot, np.int64), add.blocks.astype(np.int64))
-        self.sampling[slot] = (*(getattr(add, name) for name in _SAMPLING_FIELDS), *_derive_sampling(add))
+        derived = _derive_sampling(add)
+        self.sampling[slot] = (*(getattr(add, name) for name in _SAMPLING_FIELDS), *derived)
+        self.is_greedy[slot] = not any(derived)
         self.end_token_ids[slot] = add.end_token_ids
 
     def _append_blocks(self, slots: I64Array, blocks: I64Array) -> None:
@@ -164,22 +176,33 @@ class BatchState:
         if ((blocks < 1) | (blocks >= self.num_blocks)).any():
             block = blocks[(blocks < 1) | (blocks >= self.num_blocks)][0]
             raise BadFrameError(f"block {block} is outside the pool; blocks 1 to {self.num_blocks - 1} may be used")
-        order = np.argsort(slots, kind="stable")
-        slots, blocks = slots[order], blocks[order]
-        nth_of_slot = np.arange(len(slots)) - np.searchsorted(slots, slots)
-        places = self.block_counts[slots] + nth_of_slot
+        places = self.block_counts[slots]
+        if not (slots[1:] > slots[:-1]).all():  # else one block a slot, as in most steps that have any
+            order = np.argsort(slots, kind="stable")
+            slots, blocks = slots[order], blocks[order]
+            places = self.block_counts[slots] + np.arange(len(slots)) - np.searchsorted(slots, slots)
         limit = self.block_table.shape[1]
         if (places >= limit).any():
             raise InternalError(f"slot {slots[places.argmax()]} gets more than the {limit} blocks that its longest sequence needs")
         self.block_table[slots, places] = blocks
-        self.block_counts += np.bincount(slots, minlength=len(self.block_counts))
+        self.block_counts[slots] = places + 1  # of a slot's several, the last one stays
+
+    def _repeat_decodes(self) -> StepRows:
+        """Return a token each of the slots that decoded in the step before: known to be live and different, since none has left."""
+        slots = self._decode_slots
+        starts = self.num_computed[slots]
+        rows = StepRows(slots, starts, self._one_each, starts + 1, 0, repeats_decodes=True)
+        if (rows.ends > np.minimum(self.num_tokens[slots], self.block_counts[slots] * self.block_size)).any():
+            self._check_rows(rows)
+        return rows
 
     def _select_rows(self, chunk_slots: I64Array, chunk_tokens: I64Array, decode_slots: I64Array) -> StepRows:
         slots = np.concatenate((chunk_slots, decode_slots))
         num_tokens = np.ones(len(slots), np.int64)
         num_tokens[: len(chunk_slots)] = chunk_tokens
         self._check_slots("row for", slots)
-        rows = StepRows(slots, self.num_computed[slots], num_tokens, len(chunk_slots))
+        starts = self.num_computed[slots]
+        rows = StepRows(slots, starts, num_tokens, starts + num_tokens, len(chunk_slots))
         self._check_rows(rows)
         return rows
 
@@ -189,7 +212,7 @@ class BatchState:
             raise BadFrameError(f"{what} slot {worst}; this batch has slots 0 to {len(self.is_live) - 1}")
 
     def _check_rows(self, rows: StepRows) -> None:
-        slots, ends = rows.slots, rows.starts + rows.num_tokens
+        slots, ends = rows.slots, rows.ends
         uses = np.bincount(slots, minlength=1)
         if uses.max() > 1:
             raise InternalError(f"slot {uses.argmax()} has {uses.max()} rows in one step; a sequence may have one")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..transport.records import Progress
+from ..transport.trace_spans import NO_TRACE, Trace
 
 if TYPE_CHECKING:
     from .coordinator import Coordinator
@@ -78,12 +79,14 @@ class WorkerContext(HasRankFacts):
         facts: rank, world size, device and the like; also reachable as ``ctx.rank`` and so on.
         mesh: ``ctx.mesh["tp"]`` is this rank's communicator on an axis (dp, pp, tp, ep, world).
         store: the coordinator's key-value store, shared by all ranks.
+        trace: ``with ctx.trace.span("name"):`` shows a block on the timeline of ``launch(trace=FILE)``; next to nothing without one.
     """
 
     facts: RankFacts
     mesh: Mesh
     store: StoreClient
     _send_progress: Callable[[Progress], None]
+    trace: Trace = NO_TRACE
     _progress_sent_at: float = field(default=0.0, init=False)
     _coordinator: Coordinator | None = field(default=None, init=False)
 

@@ -27,15 +27,17 @@ from ..transport.frames import ResultKind
 from ..transport.records import Bootstrap, Reject, Welcome
 from ..transport.schema import pack_record
 from ..transport.sockets import ResultPusher, StepSubscriber
+from ..transport.trace_spans import NO_TRACE, SpanTrace
 from .bootstrap import hello, rank_facts, read_bootstrap
 from .connection_watch import ConnectionWatch
 from .context import RankStatus, WorkerContext
 from .heartbeat import Heartbeat
-from .loop import StepLoop, describe_failure
+from .loop import AnswerSink, FrameSource, StepLoop, describe_failure
 from .mesh import Mesh
 from .recording import PeerLog, RecordingMesh, RecordingStore
 from .store_client import StoreClient
 from .torch_bridge import register_torch
+from .tracing import FrameTrace, open_trace, trace_collectives
 from .worker import Worker
 
 WELCOME_TIMEOUT_S = 60.0
@@ -81,19 +83,31 @@ def _serve(context: zmq.Context[zmq.Socket[bytes]], bootstrap: Bootstrap) -> int
             keys=keys,
             is_relayed=welcome.is_relayed,
         )
+        trace = None
+        if welcome.trace_events:
+            trace = stack.enter_context(open_trace(welcome, connect, hello(bootstrap, rank, "trace")))
+        spans = trace or NO_TRACE
         beat = Heartbeat(connect, hello(bootstrap, rank, "beat"), status, subscriber, period_s=welcome.beat_s)
         beat.start()
         stack.callback(beat.stop)
         try:
             store = StoreClient(connect, hello(bootstrap, rank, "store"), timeout_s=welcome.collective_s)
             log = PeerLog.create(welcome.recording, rank, epoch=welcome.epoch) if welcome.recording else None
-            worker = _create_worker(welcome, store, control, log)
-            worker.setup(**worker_args)
-            loop = StepLoop(worker, subscriber, pusher, status, output_ranks=welcome.output_ranks, check_parent=_parent_check())
+            with spans.span("create worker"):
+                worker = _create_worker(welcome, store, control, log, trace)
+            with spans.span("setup"):
+                worker.setup(**worker_args)
+            frames: FrameSource = subscriber
+            answers: AnswerSink = pusher
+            if trace is not None:
+                frames = answers = FrameTrace(trace, subscriber, pusher)
+            loop = StepLoop(worker, frames, answers, status, output_ranks=welcome.output_ranks, check_parent=_parent_check())
             loop.run()
             status.phase = "teardown"
-            worker.teardown()
+            with spans.span("teardown"):
+                worker.teardown()
         except Exception as error:  # the driver is told first, whatever it was; then this rank ends
+            spans.mark(f"raised {type(error).__name__}")
             pusher.push(ResultKind.ERROR, max(status.seq, 0), pack_record(describe_failure(error, status)))
             pusher.close()
             return 1
@@ -103,7 +117,7 @@ def _serve(context: zmq.Context[zmq.Socket[bytes]], bootstrap: Bootstrap) -> int
     return 0
 
 
-def _create_worker(welcome: Welcome, store: StoreClient, control: ControlClient, log: PeerLog | None) -> Worker:
+def _create_worker(welcome: Welcome, store: StoreClient, control: ControlClient, log: PeerLog | None, trace: SpanTrace | None) -> Worker:
     parallel = ParallelConfig(tp=welcome.tp, pp=welcome.pp, dp=welcome.dp, ep=welcome.ep)
     facts = rank_facts(welcome.device)
     build_mesh = Mesh if log is None else functools.partial(RecordingMesh, log)
@@ -118,11 +132,13 @@ def _create_worker(welcome: Welcome, store: StoreClient, control: ControlClient,
         store=store,
         timeout_s=welcome.collective_s,
     )
+    if trace is not None:
+        trace_collectives(mesh, trace)
     worker = import_worker(welcome.worker, welcome.main_path)()
     recorded = store if log is None else RecordingStore(log, store)
     store.connect()
     recorded.connect()
-    worker.ctx = WorkerContext(facts, mesh, recorded, control.send)
+    worker.ctx = WorkerContext(facts, mesh, recorded, control.send, trace or NO_TRACE)
     return worker
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..config import ParallelConfig
@@ -48,6 +48,8 @@ class Mesh:
         self._store = store
         self._timeout_s = timeout_s
         self._communicators: dict[str, Communicator] = {}
+        self.on_created: Callable[[str, Communicator], None] | None = None
+        """Is called with an axis and its communicator, before the worker has it."""
 
     def group(self, axis: str) -> AxisGroup:
         """Return the ranks that share ``axis`` with this one; starts nothing."""
@@ -55,7 +57,9 @@ class Mesh:
 
     def __getitem__(self, axis: str) -> Communicator:
         if axis not in self._communicators:
-            self._communicators[axis] = self._create(axis)
+            communicator = self._communicators[axis] = self._create(axis)
+            if self.on_created is not None:
+                self.on_created(axis, communicator)
         return self._communicators[axis]
 
     def __contains__(self, axis: str) -> bool:

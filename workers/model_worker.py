@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, InternalError
 from ..model_config import read_model_config
+from ..models.attention import KvLayer
 from ..models.llama import LlamaModel
 from ..models.loading import load_weights
 from ..transport.batch import decode_batch_step
@@ -28,7 +29,7 @@ class ModelWorker(Worker):
     The order of use is ``setup``, ``kv_capacity``, ``allocate_kv_cache``, then steps.
     """
 
-    def setup(self, *, model: str, dtype: str, block_size: int, max_num_seqs: int, max_model_len: int) -> None:
+    def setup(self, *, model: str, dtype: str, block_size: int, max_num_seqs: int, max_model_len: int, pack_weights: bool = True) -> None:
         """Load the model.
 
         Args:
@@ -37,6 +38,7 @@ class ModelWorker(Worker):
             block_size: KV positions in a block.
             max_num_seqs: slots of the batch.
             max_model_len: tokens that one sequence may compute.
+            pack_weights: as in ``EngineConfig``.
 
         Raises:
             CheckpointError: the directory is not a model that this version can load.
@@ -49,9 +51,11 @@ class ModelWorker(Worker):
         communicator = self.ctx.mesh["tp"]
         self._model = LlamaModel(config, communicator, dtype=choose_dtype(dtype, config.dtype, self._device), device=self._device)
         load_weights(self._model, directory, progress=lambda done, total: self.ctx.report_progress(done, total, "weights"))
+        if pack_weights:
+            self._model.pack_weights()
         self._sampler = Sampler(communicator, config.vocab_size, self._model.vocab_start, self._model.vocab_end)
         self._state: BatchState | None = None
-        self._kv_cache: list[Tensor] = []
+        self._kv_cache: list[KvLayer] = []
 
     @rpc
     def kv_capacity(self) -> dict[str, int]:
@@ -89,20 +93,26 @@ class ModelWorker(Worker):
         """
         if self._state is None:
             raise InternalError("a step came before allocate_kv_cache")
-        rows = self._state.apply(decode_batch_step(inputs))
-        if not len(rows.slots):
-            return [np.empty(0, np.int32), None]
-        step_inputs = build_inputs(self._state, rows, self._device)
-        hidden = self._model(step_inputs.token_ids, step_inputs.attention, self._kv_cache)
+        span = self.ctx.trace.span
+        with span("build inputs"):
+            rows = self._state.apply(decode_batch_step(inputs))
+            if not len(rows.slots):
+                return [np.empty(0, np.int32), None]
+            step_inputs = build_inputs(self._state, rows, self._device)
+        with span("forward"):
+            hidden = self._model.forward(step_inputs.token_ids, step_inputs.attention, self._kv_cache)
         self._state.mark_computed(rows)
-        sampled = self._sample(self._state, hidden, step_inputs)
+        with span("sample"):
+            sampled = self._sample(self._state, hidden, step_inputs)
         return [sampled.token_ids, sampled.logprobs]
 
     def _sample(self, state: BatchState, hidden: Tensor, inputs: StepInputs) -> SampledTokens:
         slots = inputs.sampled_slots
         if not len(slots):
             return SampledTokens(np.empty(0, np.int32), None)
-        logits = self._model.compute_logits(hidden.index_select(0, inputs.sampled_rows))
+        if len(slots) < len(hidden):
+            hidden = hidden.index_select(0, inputs.sampled_rows)
+        logits = self._model.compute_logits(hidden)
         sampled = self._sampler.sample(logits, state, slots)
         state.append_sampled(slots, sampled.token_ids)
         return sampled

@@ -70,6 +70,8 @@ class Sampler:
             InternalError: logits of a row are not numbers, or leave no token to choose.
         """
         assert logits.shape == (len(slots), self._width), (logits.shape, len(slots), self._width)
+        if state.is_greedy[slots].all():
+            return SampledTokens(self._choose(logits, slots), None)
         needs_whole = state.sampling["is_whole"][slots]
         if not needs_whole.any():
             return SampledTokens(self._sample_by_shard(logits, state, slots), None)
@@ -89,7 +91,11 @@ class Sampler:
 
     def _sample_by_shard(self, logits: Tensor, state: BatchState, slots: I64Array) -> I32Array:
         scores = _add_noise(apply_penalties(logits, state, slots, self._vocab_start), state, slots, self._vocab_start)
-        return _pick(self._communicator.all_gather(_find_best(scores, self._vocab_start)), slots)
+        return self._choose(scores, slots)
+
+    def _choose(self, scores: Tensor, slots: I64Array) -> I32Array:
+        best = _find_best(scores, self._vocab_start)
+        return _pick(best[None] if self._communicator.size == 1 else self._communicator.all_gather(best), slots)
 
     def _gather_rows(self, logits: Tensor) -> Tensor:
         """Return the rows [R, V] from every rank's shard of them."""
@@ -127,9 +133,11 @@ def _find_best(scores: Tensor, vocab_start: int) -> Tensor:
     """Return float64 [R, 2], the largest score of each row and its token id (exact in float64); of equals the smallest id."""
     if scores.device.type == "cpu":  # NumPy searches with vector instructions, 20 times as fast as torch
         array = scores.numpy()
+        best = np.empty((len(array), 2))
         columns = array.argmax(axis=-1)
-        best = np.stack((array[np.arange(len(array)), columns], columns + vocab_start), axis=-1)
-        return torch.from_numpy(best.astype(np.float64, copy=False))
+        best[:, 0] = array[np.arange(len(array)), columns]
+        best[:, 1] = columns + vocab_start
+        return torch.from_numpy(best)
     values, indices = scores.max(dim=-1)
     return torch.stack((values.double(), (indices + vocab_start).double()), dim=-1)
 
@@ -137,11 +145,13 @@ def _find_best(scores: Tensor, vocab_start: int) -> Tensor:
 def _pick(gathered: Tensor, slots: I64Array) -> I32Array:
     """Return the id of the largest score of each row; ``gathered`` is [size, R, 2] from ``_find_best``, smaller ids on lower ranks."""
     pairs = gathered.cpu().numpy()
-    best = pairs[:, :, 0].argmax(axis=0)  # the first of equals; NaN wins, so that it is seen here
-    winners = pairs[best, np.arange(len(slots))]
-    is_bad = ~np.isfinite(winners[:, 0])
-    if is_bad.any():
-        row = int(is_bad.argmax())
+    winners = pairs[0]
+    if len(pairs) > 1:
+        best = pairs[:, :, 0].argmax(axis=0)  # the first of equals; NaN wins, so that it is seen here
+        winners = pairs[best, np.arange(len(slots))]
+    is_finite = np.isfinite(winners[:, 0])
+    if not is_finite.all():
+        row = int(is_finite.argmin())
         raise InternalError(
             f"the best logit of slot {slots[row]} is {winners[row, 0]}: check the checkpoint for NaN, "
             "and if dtype is float16, which overflows at 65,504, use bfloat16 or float32"

@@ -14,10 +14,10 @@ from ...errors import BackpressureError, BadFrameError, PeerLostError, ProtocolE
 from ...transport.control_sockets import ControlServer
 from ...transport.frames import Buffer
 from ...transport.reader import SocketReader
-from ...transport.records import Accepted, Beat, ControlRecord, Hello, Progress, Reject, StoreReply, StoreRequest
+from ...transport.records import Accepted, Beat, ControlRecord, Hello, Progress, Reject, StoreReply, StoreRequest, TraceEvents
 from .store import Replies, StoreState
 
-PURPOSES = ("rank", "beat", "store")
+PURPOSES = ("rank", "beat", "store", "trace")
 
 
 @dataclass
@@ -36,7 +36,8 @@ class RankRecord:
 class ControlHub:
     """Serves the control socket: admits connections by the launch's token, keeps beats and progress, runs the store.
 
-    ``on_hello`` is called once a rank has introduced itself, ``on_progress`` at each report, ``on_error`` for a connection that
+    ``on_hello`` is called once a rank has introduced itself, ``on_progress`` at each report, ``on_trace`` with a rank's number and what
+    it has done where the launch is traced, ``on_error`` for a connection that
     breaks the protocol, whose message is dropped, or reads nothing, and is then forgotten.
     """
 
@@ -49,6 +50,7 @@ class ControlHub:
         on_hello: Callable[[RankRecord], None],
         on_progress: Callable[[RankRecord], None],
         on_error: Callable[[Exception], None],
+        on_trace: Callable[[int, TraceEvents], None] | None = None,
     ) -> None:
         self.ranks = [RankRecord(rank) for rank in range(world_size)]
         self.store = StoreState()
@@ -57,6 +59,7 @@ class ControlHub:
         self._on_hello = on_hello
         self._on_progress = on_progress
         self._on_error = on_error
+        self._on_trace = on_trace
         self.loop = asyncio.get_running_loop()
         self._admitted: dict[bytes, RankRecord] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -101,6 +104,10 @@ class ControlHub:
         elif isinstance(record, Progress):
             rank.progress = record
             self._on_progress(rank)
+        elif isinstance(record, TraceEvents) and self._on_trace is not None:
+            self._on_trace(rank.rank, record)
+            if record.is_closed:
+                self.send(connection, Accepted())
         elif isinstance(record, StoreRequest):
             self._reply(self._handle(connection, record))
             self._arm()

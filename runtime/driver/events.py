@@ -20,11 +20,11 @@ class GroupEvent:
     """One thing that happened.
 
     Attributes:
-        kind: ``started`` and ``connected`` (a rank's process, its hello), ``ready``, ``replayed`` (a rank missed frames and got them
-            again), ``silent`` and ``heard`` (a rank's beats stop, which alone has no consequence, and come again), ``stalled`` (a step
-            or call is overdue), ``refused`` and ``impostor`` (over TCP: a connection; a message in another rank's name), ``exited`` (a
-            rank's process), ``failed`` (the group's first cause), ``closing``, ``closed`` (always the last), or ``skipped`` (this
-            stream was read too slowly).
+        kind: ``serving`` (this node's agent), ``started`` and ``connected`` (a rank's process, its hello), ``ready``, ``replayed`` (a
+            rank missed frames and got them again), ``silent`` and ``heard`` (a rank's beats stop, which alone has no consequence, and
+            come again), ``stalled`` (a step or call is overdue), ``refused`` and ``impostor`` (over TCP: a connection; a message in
+            another rank's name), ``exited`` (a rank's process), ``failed`` (the group's first cause), ``closing``, ``closed`` (always
+            the last), or ``skipped`` (this stream was read too slowly).
         rank: whose it is; None for the whole group.
         detail: in words, with the numbers.
         at: seconds on the monotonic clock.
@@ -49,6 +49,10 @@ class EventLog:
     def num_waiters(self) -> int:
         """Streams that have yielded everything and wait."""
         return len(self._waiters)
+
+    def kept(self) -> list[GroupEvent]:
+        """Return the events that are kept."""
+        return list(self._events)
 
     def emit(self, kind: str, rank: int | None = None, detail: str = "") -> None:
         """Add an event and wake whoever waits; ``closed`` ends every stream."""

@@ -30,6 +30,7 @@ from ...errors import (
 )
 from ...transport.frames import ResultFrame, ResultKind, StepKind
 from ...transport.records import Failure
+from ...transport.trace_spans import Trace
 from ..launch.plan import LaunchPlan
 from .events import EventLog, GroupEvent
 from .faults import FaultLog
@@ -69,7 +70,7 @@ class WorkerGroup:
             config.launch_id, self._fault_log(), lambda rank: self._reports.not_ended(rank, config.deadlines.drain_s), self._fail
         )
         self._overdue = OverdueReplies(self._processes.dump_stacks, self._reports, self._give_up)
-        self._stream = StepStream(
+        self._stream = (StepStream if config.tracer is None else config.tracer.step_stream)(
             self._processes, window=config.window, num_ranks=self.world_size, on_overdue=self._overdue.add, call_error=self._call_error
         )
         self._reports.step_of = self._stream.step_of
@@ -106,6 +107,11 @@ class WorkerGroup:
     def fault(self) -> ZspmdError | None:
         """What the group failed with, or None; every use of it raises that."""
         return self._verdict.fault
+
+    @property
+    def trace(self) -> Trace:
+        """``with group.trace.span("name"):`` shows what the driver's program does, without an await in it, on the launch's timeline."""
+        return self.config.trace
 
     async def __aenter__(self) -> WorkerGroup:
         await self.start()

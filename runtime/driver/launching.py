@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...backends import choose_communicator
-from ...config import Deadlines, NodesConfig, ParallelConfig
+from ...config import Deadlines, NodesConfig, ParallelConfig, TraceConfig
 from ...errors import ConfigError, TopologyError
 from ...transport.security import check_bind_address
+from ...transport.trace_spans import NO_TRACE, Trace
 from ..launch.devices import detect_devices
 from ..launch.hosts.host import Host as Host
 from ..launch.launch_id import check_launch_id, generate_launch_id
@@ -20,6 +21,7 @@ from .recording import FileRecorder, GroupRecorder, check_recording_path
 if TYPE_CHECKING:
     from ..launch.dial.dial_place import DialPlace
     from .group import WorkerGroup
+    from .tracing import GroupTracer
 
 MAX_WINDOW = 256
 START_METHODS = ("fork", "spawn")
@@ -52,6 +54,12 @@ class GroupConfig:
     hosts: tuple[Host, ...] | None = None
     nodes: NodesConfig = field(default_factory=NodesConfig)
     dial: DialPlace | None = None
+    tracer: GroupTracer | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """Where the driver's program writes spans of its own."""
+        return NO_TRACE if self.tracer is None else self.tracer.trace
 
 
 def launch(
@@ -72,6 +80,7 @@ def launch(
     on_log: OnLog | None = None,
     on_progress: OnProgress | None = None,
     record: str | os.PathLike[str] | None = None,
+    trace: str | os.PathLike[str] | TraceConfig | None = None,
     bind: str | None = None,
     hosts: str | os.PathLike[str] | Sequence[str | Host] | None = None,
     nodes: NodesConfig | None = None,
@@ -98,6 +107,8 @@ def launch(
         on_progress: called with (rank, done, total, what) as ranks report the progress of their set-up.
         record: a file to make, with all that passes between the driver and its ranks, for ``zspmd-run replay``; each rank writes the
             results of its collectives beside it, to ``<record>.r00000`` and so on. As large as all of these together. On one node only.
+        trace: a file to make, with the timeline of the driver and all ranks, as JSON for ui.perfetto.dev; ``docs/tracing.md`` says how to
+            read it. A ``TraceConfig`` says too how much is kept.
         bind: the IP address of this host at which the driver's sockets listen on TCP, with CURVE, and to which the ranks connect; None
             keeps to sockets in the run directory, and opens no port at all. With ``hosts``, the driver's address; None finds one.
         hosts: the machines that the ranks run on, in rank order: a hostfile's path, or its entries ("node1 slots=4"). Those of this
@@ -165,8 +176,17 @@ def launch(
             hosts=machines,
             nodes=nodes or NodesConfig(),
             dial=place,
+            tracer=None if trace is None or (place is not None and not place.is_driver) else _make_tracer(trace),
         )
     )
+
+
+def _make_tracer(trace: str | os.PathLike[str] | TraceConfig) -> GroupTracer:
+    from .trace_file import check_trace_path  # what launches without a trace need not wait for
+    from .tracing import GroupTracer
+
+    config = trace if isinstance(trace, TraceConfig) else TraceConfig(trace)
+    return GroupTracer(config, check_trace_path(config.path))
 
 
 def read_hosts(hosts: str | os.PathLike[str] | Sequence[str | Host], config: NodesConfig) -> tuple[Host, ...]:

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -24,7 +25,7 @@ from ...transport.frames import Buffer, ResultFrame, StepKind
 from ...transport.reader import SocketReader
 from ...transport.records import Welcome
 from ...transport.sockets import ResultCollector, StepPublisher
-from ..launch.agent_protocol import AgentGone, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Start
+from ..launch.agent_protocol import AgentGone, AgentStarted, AgentWarning, LaunchFailed, RankExited, RankLog, RankStarted, Start
 from ..launch.launch_supervisor import NodeEvent
 from ..launch.nodes.node_records import RelayLost
 from ..launch.nodes.nodes_request import NodesRequest
@@ -36,6 +37,9 @@ from .events import EventLog
 from .launch_site import LaunchSite
 from .launching import GroupConfig
 from .reports import RankReports
+
+if TYPE_CHECKING:
+    from .tracing import GroupTracer
 
 LOG_TAIL_LINES = 40
 _CALL_SHARE = 0.9  # of ready_s for nodes to call in, so that who is missing is told before all that is not ready
@@ -92,6 +96,9 @@ class GroupProcesses:
         self.plan = await self._site.prepare()
         with shortages_named():
             self._open_sockets()
+        if config.tracer is not None:
+            config.tracer.starting(self.plan)
+            self._site.cleanups.callback(self._finish_trace, config.tracer)
         if config.recorder is not None:
             self._site.cleanups.callback(config.recorder.close)
             threads = self.plan.rank_environment(0)["OMP_NUM_THREADS"]
@@ -227,6 +234,7 @@ class GroupProcesses:
             on_hello=self._welcome,
             on_progress=self._report_progress,
             on_error=self._on_error,
+            on_trace=None if config.tracer is None else config.tracer.told,
         )
         self._site.cleanups.callback(self.control.close)
         self._subscription_readers = self._read(self.publisher.sockets, self._read_subscription, self._on_error)
@@ -272,6 +280,7 @@ class GroupProcesses:
 
     def _welcome(self, rank: RankRecord) -> None:
         config = self._config
+        trace_events, trace_path = (0, "") if config.tracer is None else config.tracer.place_of(rank.rank)
         self._events.emit("connected", rank.rank, f"pid {rank.pid} on {rank.host}")
         welcome = Welcome(
             epoch=self._epoch,
@@ -292,9 +301,19 @@ class GroupProcesses:
             collective_s=config.deadlines.collective_s,
             recording=config.recorder.path if config.recorder is not None else "",
             is_relayed=self._site.routes.is_relayed(rank.rank),
+            trace_events=trace_events,
+            trace_path=trace_path,
         )
         assert rank.connection is not None
         self.control.send(rank.connection, welcome, *self._worker_args)
+
+    def _finish_trace(self, tracer: GroupTracer) -> None:
+        def clock(node_rank: int) -> tuple[int, float]:
+            assert self._site.supervisor is not None, "the plan comes from it"
+            node = self._site.supervisor.nodes[node_rank]
+            return node.clock_offset_ns, node.clock_error_s
+
+        tracer.finish([rank.pid for rank in self.control.ranks], self._events.kept(), clock)
 
     def _communicator(self, *, is_one_node: bool) -> str:
         return choose_communicator(self._config.communicator, [place.device for place in self.plan.ranks], is_one_node=is_one_node)
@@ -315,6 +334,8 @@ class GroupProcesses:
                 self._on_exit(event.rank, event.exit_code, event.ended_ns / 1e9 if event.ended_ns else None)
         elif isinstance(event, LaunchFailed):
             self._has_launch_failed = True
+        elif isinstance(event, AgentStarted):
+            self._events.emit("serving", None, f"the agent of this node, pid {event.pid}")
         elif isinstance(event, RankStarted):
             self.control.ranks[event.rank].pid = event.pid
             self._events.emit("started", event.rank, f"pid {event.pid}")

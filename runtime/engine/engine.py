@@ -6,6 +6,8 @@
 The engine is a user of the worker group like any other. One task schedules, publishes and takes answers in; it keeps up to
 ``window`` steps in flight, so that ranks go from step to step without waiting for the driver. All that is known of a request is
 here, so that the ranks can be replaced under it: ``recovery`` decides, ``ranks`` does it.
+
+The file passes 350 lines because the class is what users see: its arguments and public docstrings are a third of it.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ...config import Deadlines, EngineConfig, NodesConfig, ParallelConfig, RestartPolicy, SamplingParams
+from ...config import Deadlines, EngineConfig, NodesConfig, ParallelConfig, RestartPolicy, SamplingParams, TraceConfig
 from ...errors import ClosedError, ConfigError, InternalError, LaunchError, RequestError, TransportError, WorkerError, ZspmdError
 from ...transport.batch import encode_batch_step
+from ...transport.trace_spans import NO_TRACE, Trace
 from ..driver.group import WorkerGroup
 from ..driver.launching import Host, OnLog, OnProgress, launch
 from ..driver.pending import PendingReply
@@ -36,8 +39,10 @@ from .prompts import Prompt, encode_prompt
 from .ranks import EngineRanks
 from .recovery import Recovery
 from .scheduler import Scheduler
+from .start_times import Moment, StartTimes
 from .statistics import SchedulerStatistics
 from .streams import Completion, RequestStream, build_stream
+from .wakeup import Wakeup
 
 if TYPE_CHECKING:
     from ..launch.dial.dial_place import DialPlace
@@ -52,8 +57,8 @@ class Engine:
         model: a Hugging Face directory, or "demo" for the small model that ships with zspmd.
         parallel: how the model is spread; the engine uses tp.
         config: slots, blocks, budgets and dtype.
-        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record, bind, hosts, nodes, launcher: as in
-            ``zspmd.launch``.
+        launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record, trace, bind, hosts, nodes, launcher: as
+            in ``zspmd.launch``. The trace goes on where workers are replaced.
         restart: replace workers that fail, and go on with every request where its stream stopped; None ends the engine with the fault.
             A node that is lost is left out from then on, so that hosts need slots to spare.
         on_restart: called with a line of text at each restart; None prints it to stderr.
@@ -76,6 +81,7 @@ class Engine:
         on_log: OnLog | None = None,
         on_progress: OnProgress | None = None,
         record: str | Path | None = None,
+        trace: str | Path | TraceConfig | None = None,
         bind: str | None = None,
         hosts: str | os.PathLike[str] | Sequence[str | Host] | None = None,
         nodes: NodesConfig | None = None,
@@ -97,18 +103,22 @@ class Engine:
             "log_dir": log_dir,
             "start_method": start_method,
             "on_log": on_log,
-            "on_progress": on_progress,
+            "on_progress": self._on_progress,
             "record": record,
+            "trace": trace,
             "bind": bind,
             "hosts": hosts,
             "nodes": nodes,
             "launcher": launcher,
         }
+        self._tell_progress = on_progress
+        self._times: StartTimes | None = None
         self._streams: dict[str, RequestStream] = {}
         self._completions: dict[str, tuple[RequestStream, Completion]] = {}
         self._in_flight: deque[tuple[ScheduledStep, PendingReply]] = deque()
         self._request_ids = itertools.count()
-        self._wake = asyncio.Event()
+        self._wake = Wakeup()
+        self._trace: Trace = NO_TRACE
         self._is_started = False
         self._restart_policy = restart
         self._say = on_restart or (lambda line: print(f"zspmd: {line}", file=sys.stderr))
@@ -142,7 +152,10 @@ class Engine:
         if self._is_started or self._fault is not None:
             raise ClosedError("the engine was started before; make a new one")
         self._is_started = True
+        self._times = times = StartTimes()
+        times.mark("engine starts")
         self._checkpoint = open_checkpoint(self._model, self.parallel, self.config)
+        times.mark("checkpoint and tokenizer read")
         group = launch(
             WORKER,
             parallel=self.parallel,
@@ -152,13 +165,17 @@ class Engine:
                 "block_size": self.config.block_size,
                 "max_num_seqs": self.config.max_num_seqs,
                 "max_model_len": self._checkpoint.max_model_len,
+                "pack_weights": self.config.pack_weights,
             },
             window=max(self.config.window, 2),
             preload=("torch", WORKER.partition(":")[0]),
             **self._launch_options,
         )
+        self._trace = group.trace
         self._ranks = EngineRanks(group, self._wake.set)
         num_blocks = await self._ranks.start(self.config, self._checkpoint.max_model_len)
+        times.mark("KV pool made")
+        await times.add_events(group.events())
         self._scheduler = Scheduler(
             self.config,
             num_blocks=num_blocks,
@@ -203,7 +220,7 @@ class Engine:
             return False
         for completion in stream.completions:
             if self._scheduler.abort(completion.sequence.sequence_id):
-                completion.push([], "abort", [])  # brings out text that was held back
+                completion.push([], "abort")  # brings out text that was held back
         stream.notify()
         self._wake.set()
         return True
@@ -212,6 +229,10 @@ class Engine:
         """Return the scheduler's counters; ``engine.group.statistics()`` has the wire's. Raises ClosedError before ``start``."""
         self._check_started()
         return self._scheduler.statistics()
+
+    def start_times(self) -> tuple[Moment, ...]:
+        """Return when what happened from the start of this process to the first token; what has not happened yet is not there."""
+        return () if self._times is None else self._times.moments()
 
     def validate(self) -> None:
         """Check the scheduler's invariants; raises InternalError where one is broken, ClosedError before ``start``."""
@@ -285,41 +306,59 @@ class Engine:
             raise
 
     async def _turn(self) -> None:
-        """Publish a step if there is room and work, else take in the oldest answer, else wait for an answer, a request or a fault."""
+        """Take in the oldest answer if it is there, publish while there is room and work, then wait for an answer, a request or a fault."""
+        in_flight = self._in_flight
+        if in_flight and in_flight[0][1].is_done:
+            published, pending = in_flight[0]
+            (answer,) = await pending  # a fault finds the step still there: it may be the one that ended the ranks
+            in_flight.popleft()
+            with self._trace.span("apply"):
+                self._take_in(published, answer)
+        while len(in_flight) < self.config.window and (step := self._schedule()) is not None:
+            await self._publish(step)
+        if in_flight:
+            if in_flight[0][1].is_done:
+                return
+        elif self._scheduler.has_work():
+            raise InternalError(f"nothing can be scheduled although there is work: {self._scheduler.statistics()}")
+        if self.group.fault is not None:
+            raise self.group.fault
+        await self._wake.wait()
+
+    def _schedule(self) -> ScheduledStep | None:
         if self._recovery is not None:
             self._recovery.advance(is_drained=not self._in_flight)
-        step = self._scheduler.schedule() if len(self._in_flight) < self.config.window else None
-        if step is not None:
-            assert self._ranks is not None, "the loop runs only once it is started"
-            pending = await self._ranks.submit(encode_batch_step(step.batch), [pending for _, pending in self._in_flight])
-            pending.add_done_callback(self._wake.set)
-            self._in_flight.append((step, pending))
-        elif self._in_flight and self._in_flight[0][1].is_done:
-            published, pending = self._in_flight[0]
-            (answer,) = await pending  # a fault finds the step still there: it may be the one that ended the ranks
-            self._in_flight.popleft()
-            self._take_in(published, answer)
-        elif not self._in_flight and self._scheduler.has_work():
-            raise InternalError(f"nothing can be scheduled although there is work: {self._scheduler.statistics()}")
-        elif self.group.fault is not None:
-            raise self.group.fault
-        else:
-            self._wake.clear()
-            await self._wake.wait()
+        with self._trace.span("schedule"):
+            return self._scheduler.schedule()
+
+    async def _publish(self, step: ScheduledStep) -> None:
+        assert self._ranks is not None, "the loop runs only once it is started"
+        inputs = encode_batch_step(step.batch)
+        pending = await self._ranks.submit(inputs, (pending for _, pending in self._in_flight))
+        pending.add_done_callback(self._wake.set)
+        self._in_flight.append((step, pending))
+
+    def _on_progress(self, rank: int, done: int, total: int, what: str) -> None:
+        if self._times is not None:
+            self._times.progressed(rank, done, total, what)
+        if self._tell_progress is not None:
+            self._tell_progress(rank, done, total, what)
 
     def _take_in(self, step: ScheduledStep, answer: list[Any]) -> None:
         if self._recovery is not None:
             self._recovery.progressed()
+        if self._times is not None and not self._times.is_whole and step.sampled:
+            self._times.first_token()
         tokens, logprobs = answer
-        rows = {} if logprobs is None else {id(sequence): logprobs[row] for row, sequence in enumerate(step.sampled)}
+        rows = None if logprobs is None else {id(sequence): logprobs[row] for row, sequence in enumerate(step.sampled)}
         for sequence, token_ids, finish_reason in self._scheduler.apply(step, tokens):
             found = self._completions.get(sequence.sequence_id)
             if found is None:
                 continue  # nobody listens any more; the sequence was aborted as its consumer left
             stream, completion = found
-            row = rows.get(id(sequence))
-            reported = [] if row is None else [TokenLogprob(token, row[0], dict(row[1])) for token in token_ids]
-            stop = completion.push(token_ids, finish_reason, reported)
+            if rows is not None and (row := rows.get(id(sequence))) is not None:
+                completion.logprobs += [TokenLogprob(token, row[0], dict(row[1])) for token in token_ids]
+            stop = completion.push(token_ids, finish_reason)
             if stop is not None and not self._scheduler.finish(sequence.sequence_id, "stop", stop):
                 sequence.finish_reason, sequence.stop_reason = "stop", stop  # its last token completed the stop text as well
             stream.notify()

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...transport.batch import BatchStep, SlotAdd
+from ...transport.batch import SAME_BATCH, BatchStep, SlotAdd
 from .request import Sequence
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class ScheduledStep:
     """A step to publish, and what the scheduler must remember of it until its tokens are back.
 
@@ -36,7 +36,7 @@ class Update(NamedTuple):
     finish_reason: str | None
 
 
-@dataclass
+@dataclass(slots=True)
 class StepPlan:
     """Rows and deltas of one step, collected in the order of the batch; ``budget`` is how many tokens it can still take."""
 
@@ -54,6 +54,8 @@ class StepPlan:
 
     def build(self, deletes: list[int], decode_slots: list[int] | None) -> ScheduledStep:
         """Return the step; ``decode_slots`` None stands for those of the step before."""
+        if decode_slots is None and not (self.chunks or self.adds or self.block_slots or deletes):
+            return ScheduledStep(SAME_BATCH, tuple(self.decodes), (), len(self.decodes))
         batch = BatchStep(
             deletes=tuple(deletes),
             adds=tuple(self.adds),

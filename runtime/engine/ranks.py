@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -78,7 +78,7 @@ class EngineRanks:
             await self.group.aclose(abort=True)
             raise
 
-    async def submit(self, inputs: Any, in_flight: Sequence[PendingReply]) -> PendingReply:
+    async def submit(self, inputs: Any, in_flight: Iterable[PendingReply]) -> PendingReply:
         """Publish one step; raises as ``WorkerGroup.submit``.
 
         Where a rank hangs there may be no room first. The step before is then overdue as well, and its error, which says where everybody

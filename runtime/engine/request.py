@@ -67,6 +67,8 @@ class Sequence:
     num_computed: int = field(default=0, init=False)
     max_num_tokens: int = field(default=0, init=False)
     """Prompt and outputs at most; set by ``Scheduler.add``."""
+    end_token_ids: frozenset[int] = field(default=frozenset(), init=False)
+    """Tokens that end it, once there are more than ``params.min_tokens``; set by ``Scheduler.add``."""
     age: int = field(default=0, init=False)
     """Its place in the order of arrival; set by ``Scheduler.add``."""
     register_at: int = field(default=0, init=False)

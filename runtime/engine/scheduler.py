@@ -33,6 +33,8 @@ from .queue import WaitingQueue
 from .request import NO_SLOT, Sequence, SequenceState
 from .statistics import SchedulerStatistics
 
+_RUNNING, _FINISHED = SequenceState.RUNNING, SequenceState.FINISHED
+
 
 class Scheduler:
     """Continuous batching over the slots and KV blocks of the ranks.
@@ -65,7 +67,7 @@ class Scheduler:
         self._prefilling: Sequence | None = None
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._deletes: list[int] = []
-        self._last_decode: list[int] = []
+        self._last_decodes: list[Sequence] = []
         self._in_flight: deque[ScheduledStep] = deque()
 
     @property
@@ -90,6 +92,8 @@ class Scheduler:
             if sequence.sequence_id in self._running or self._waiting.get(sequence.sequence_id) is not None:
                 raise InternalError(f"sequence {sequence.sequence_id} was added twice")
             sequence.max_num_tokens = limit_tokens
+            eos_token_ids = frozenset() if sequence.params.ignore_eos else self._eos_token_ids
+            sequence.end_token_ids = eos_token_ids.union(sequence.params.stop_token_ids)
             sequence.age = next(self._ages)
             self._waiting.append(sequence)
 
@@ -136,10 +140,11 @@ class Scheduler:
         if self._config.enable_prefix_cache:
             for sequence, _ in plan.chunks:
                 self._register_full_blocks(sequence)
-        decode_slots = [sequence.slot for sequence in plan.decodes]
-        step = plan.build(self._deletes, None if decode_slots == self._last_decode else decode_slots)
+        # the same sequences have the same slots: one that gave its slot back was in no decode until it had been a chunk again
+        is_same = plan.decodes == self._last_decodes
+        step = plan.build(self._deletes, None if is_same else [sequence.slot for sequence in plan.decodes])
         self._deletes.clear()
-        self._last_decode = decode_slots
+        self._last_decodes = plan.decodes
         self._in_flight.append(step)
         self._totals["computed"] += step.num_tokens
         return step
@@ -163,11 +168,10 @@ class Scheduler:
             raise InternalError(f"a step that samples {len(step.sampled)} rows came back with {len(token_ids)} tokens")
         self._in_flight.popleft()
         tokens = token_ids.tolist() if isinstance(token_ids, np.ndarray) else token_ids
-        updates = [
-            Update(sequence, [token], self._take_token(sequence, token))
-            for sequence, token in zip(step.sampled, tokens)
-            if sequence.state is not SequenceState.FINISHED
-        ]
+        updates, take_token = [], self._take_token
+        for sequence, token in zip(step.sampled, tokens):
+            if sequence.state is not _FINISHED:
+                updates.append(Update(sequence, [token], take_token(sequence, token)))
         self._totals["generated"] += len(updates)
         self._totals["discarded"] += len(tokens) - len(updates)
         return updates
@@ -237,17 +241,17 @@ class Scheduler:
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         """One token for each running sequence past its prompt, while the tokens in flight leave it room to grow."""
-        block_size = self._config.block_size
+        block_size, prefilling, decodes = self._config.block_size, self._prefilling, plan.decodes
         for sequence in list(self._running.values()):
-            if sequence.state is not SequenceState.RUNNING:
+            if sequence.state is not _RUNNING:
                 break  # preempted by an older one just now, as are all that follow
-            if sequence is self._prefilling or sequence.num_tokens >= sequence.max_num_tokens:
+            if sequence is prefilling or sequence.num_tokens >= sequence.max_num_tokens:
                 continue
             if sequence.num_computed == len(sequence.blocks) * block_size and not self._grow(plan, sequence):
                 break
             sequence.num_computed += 1
             sequence.num_tokens += 1
-            plan.decodes.append(sequence)
+            decodes.append(sequence)
         plan.budget -= len(plan.decodes)
 
     def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
@@ -331,16 +335,14 @@ class Scheduler:
 
     def _take_token(self, sequence: Sequence, token: int) -> str | None:
         """Append a token that came back, and finish the sequence if it is the last; returns the reason."""
-        sequence.output_token_ids.append(token)
-        known = sequence.num_known
-        if self._config.enable_prefix_cache and sequence.register_at <= known and sequence.state is SequenceState.RUNNING:
+        outputs = sequence.output_token_ids
+        outputs.append(token)
+        known = len(sequence.prompt_token_ids) + len(outputs)
+        if sequence.register_at <= known and self._config.enable_prefix_cache and sequence.state is _RUNNING:
             self._register_full_blocks(sequence)
-        params = sequence.params
-        if known - sequence.num_prompt > params.min_tokens:
-            if token in self._eos_token_ids and not params.ignore_eos:
-                return self._finish(sequence, "stop")
-            if token in params.stop_token_ids:
-                return self._finish(sequence, "stop", token)
+        if token in sequence.end_token_ids and len(outputs) > sequence.params.min_tokens:
+            is_eos = token in self._eos_token_ids and not sequence.params.ignore_eos
+            return self._finish(sequence, "stop", None if is_eos else token)
         if known >= sequence.max_num_tokens:
             return self._finish(sequence, "length")
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from .detokenizer import Detokenizer
 from .outputs import CompletionOutput, RequestOutput, TokenLogprob
 from .request import I32Array, Sequence
 from .tokenizer import Tokenizer
+from .wakeup import Wakeup
 
 
 @dataclass
@@ -24,21 +24,20 @@ class Completion:
     detokenizer: Detokenizer | None
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
-    def push(self, token_ids: list[int], finish_reason: str | None, logprobs: list[TokenLogprob]) -> str | None:
+    def push(self, token_ids: list[int], finish_reason: str | None) -> str | None:
         """Take in new tokens; returns the stop text that they completed, if any."""
-        self.logprobs += logprobs
         return None if self.detokenizer is None else self.detokenizer.push(token_ids, finish_reason)
 
     def snapshot(self) -> CompletionOutput:
         """Return everything since the request began."""
         sequence = self.sequence
         return CompletionOutput(
-            index=sequence.index,
-            text="" if self.detokenizer is None else self.detokenizer.text,
-            token_ids=list(sequence.output_token_ids),
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-            logprobs=None if sequence.params.logprobs is None else list(self.logprobs),
+            sequence.index,
+            "" if self.detokenizer is None else self.detokenizer.text,
+            sequence.output_token_ids.copy(),
+            sequence.finish_reason,
+            sequence.stop_reason,
+            None if sequence.params.logprobs is None else self.logprobs.copy(),
         )
 
 
@@ -50,7 +49,7 @@ class RequestStream:
         self.completions = completions
         self._prompt = prompt
         self._prompt_token_ids = prompt_token_ids
-        self._changed = asyncio.Event()
+        self._changed = Wakeup()
         self._error: Exception | None = None
 
     @property
@@ -70,11 +69,14 @@ class RequestStream:
     async def next_output(self) -> RequestOutput:
         """Wait for a change and return the state; raises what ``fail`` was given."""
         await self._changed.wait()
-        self._changed.clear()
         if self._error is not None:
             raise self._error.with_traceback(None)  # one error for many consumers: each begins its own traceback
-        outputs = [completion.snapshot() for completion in self.completions]
-        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs, self.is_finished)
+        outputs, is_finished = [], True
+        for completion in self.completions:
+            output = completion.snapshot()
+            outputs.append(output)
+            is_finished = is_finished and output.finish_reason is not None
+        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs, is_finished)
 
 
 def build_stream(

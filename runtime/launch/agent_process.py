@@ -141,7 +141,7 @@ class AgentProcess:
     def _handle(self, record: AgentRecord) -> None:
         if isinstance(record, AgentStarted):
             self.agent_pid = record.pid
-        elif isinstance(record, GuardGone):
+        if isinstance(record, GuardGone):
             self._is_guard_gone = True
         else:
             self._on_record(record)

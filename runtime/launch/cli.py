@@ -7,7 +7,7 @@ the modules of ``runtime/programs``, which offer
     prepare(arguments, options)       check them before anything starts, and return the model or worker as text for ``--dry-run``
     run(arguments, options)           read what is to be read, and return a coroutine whose result is the exit code
     USES                              what they have a use for: "hosts" (ranks on other nodes), "calls" (of nodes that call in), "logs"
-                                      (log files without being asked)
+                                      (log files without being asked), "trace" (a timeline of their steps)
 
 Exit codes: 0 done, 1 to 119 and 128 + N from the rank that failed first (126 and 127: it could not be executed, was not found), 2 wrong
 input, 120 the ranks could not be started, 121 a node is lost, or the agent of this one, 122 not ready in time, 124 --timeout has passed,
@@ -95,7 +95,7 @@ def _main_program(arguments: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(prog=f"zspmd-run {name}", description=program.__doc__)
     program.add_arguments(parser)
     program_arguments = parser.parse_args(rest)
-    options = launch_options(arguments, name, takes_hosts="hosts" in uses, takes_calls="calls" in uses)
+    options = launch_options(arguments, name, takes_hosts="hosts" in uses, takes_calls="calls" in uses, takes_trace="trace" in uses)
     described = program.prepare(program_arguments, options)
     _say(options, options.notes)
     if arguments.dry_run:

@@ -13,6 +13,7 @@ from .agent_process import AgentProcess
 from .agent_protocol import (
     AgentGone,
     AgentRecord,
+    AgentStarted,
     AgentWarning,
     DumpStacks,
     Hold,
@@ -61,14 +62,15 @@ class StackDump:
     texts: dict[int, str] = field(default_factory=dict)
 
 
-Event = RankStarted | RankLog | RankExited | AgentWarning | LaunchFailed | RelayLost | AgentGone | AgentLost
+Event = AgentStarted | RankStarted | RankLog | RankExited | AgentWarning | LaunchFailed | RelayLost | AgentGone | AgentLost
 
 
 class NodeSupervisor:
     """Starts the ranks of one node under an agent and follows them to the end: ``open``, ``start``, ``stop``.
 
     Events come in order, on the loop that called ``open``: ``RankStarted`` for each rank, ``RankLog`` as it prints, ``RankExited``
-    once for each, and last ``AgentGone`` or ``AgentLost``; none before ``start``, since whoever waits for an agent is told of its end.
+    once for each, and last ``AgentGone`` or ``AgentLost``; none before ``start``, since whoever waits for an agent is told of its end,
+    but for ``AgentStarted`` of an agent on this node.
     ``on_event`` must not raise; if it does, the loop's exception handler is told and the rest goes on.
 
     The agent ends with this process, however that ends, and takes everything that ranks have started with it, and the run directory.
@@ -128,6 +130,11 @@ class NodeSupervisor:
     def clock_error_s(self) -> float:
         """How far the times of this node's events may be off, in seconds."""
         return self._agent.clock.error_s if isinstance(self._agent, RemoteAgent) else 0.0
+
+    @property
+    def clock_offset_ns(self) -> int:
+        """By how much this node's monotonic clock is ahead of the driver's, to within ``clock_error_s``."""
+        return self._agent.clock.offset_ns if isinstance(self._agent, RemoteAgent) else 0
 
     def open(self) -> None:
         """Start the agent, which waits for its order; do it before the run directory is made, and nothing can be left of that.
@@ -316,7 +323,7 @@ class NodeSupervisor:
         elif isinstance(record, StacksDone):
             if record.request in self._dumps:
                 self._dumps[record.request].done.set()
-        elif isinstance(record, (RankLog, AgentWarning, RelayLost)):
+        elif isinstance(record, (AgentStarted, RankLog, AgentWarning, RelayLost)):
             self._emit(record)
         elif isinstance(record, _ANSWERS):
             if self._asked is not None and not self._asked.done():  # else it comes too late

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import sys
 import time
@@ -16,13 +17,14 @@ from ...transport.security import check_bind_address
 from ..engine.checkpoint import open_checkpoint
 from ..engine.engine import Engine
 from ..engine.outputs import RequestOutput
+from ..engine.start_times import describe_moments
 from ..launch.command.console import RankConsole
 from ..launch.command.rank_prefixes import rank_hosts
 
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions
 
-USES = ("hosts", "calls", "logs")
+USES = ("hosts", "calls", "logs", "trace")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", metavar="DIR", help="a Hugging Face directory (default: the demo model)")
     parser.add_argument("--chat", action="store_true", help="put each prompt through the model's chat template as a user's message")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt instead of text")
+    parser.add_argument("--timings", action="store_true", help="say on stderr what the start took, from this process to the first token")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to generate at most (64)")
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
@@ -106,12 +109,14 @@ async def _complete(prompts: list[str], arguments: argparse.Namespace, options: 
             on_log=console.on_log,
             on_progress=console.on_progress,
             launcher=options.dial or "agents",
+            trace=options.trace,
             restart=_restart_policy(arguments) if options.dial is None else None,
             on_restart=console.say,
         )
         async with engine:
             console.finish_loading()
             console.say(f"ready after {time.monotonic() - started:.1f} s")
+            gc.freeze()  # what is alive now stays to the end: nothing to look through between tokens
             started = time.monotonic()
             completions = [_Completion(engine, prompt, params, is_chat=arguments.chat) for prompt in prompts]
             try:
@@ -128,6 +133,8 @@ async def _complete(prompts: list[str], arguments: argparse.Namespace, options: 
                 await _cancel([completion.task for completion in completions])
             elapsed_s = time.monotonic() - started
             console.say(f"done: {num_tokens} tokens in {elapsed_s:.2f} s")
+            for line in describe_moments(engine.start_times()) if arguments.timings else ():
+                console.say(line)
     return 1 if num_failed else 0
 
 

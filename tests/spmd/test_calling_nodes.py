@@ -16,6 +16,7 @@ from support.external_launchers import LAUNCHERS, PROGRAM, RUN, command
 from support.leaks import LeakCheck
 from support.polling import block_until
 from support.script_runs import script
+from support.traces import read_trace
 
 SECRET = "6e6f207365637265743a2061207465737427732e"
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -58,6 +59,21 @@ def test_generate_gives_the_tokens_of_one_node(leak_check: LeakCheck, launcher: 
     assert code == 0, errors
     assert out.splitlines() == ["123+456=579", "999+1=1000"]
     assert "rank 1: weights loaded" in errors
+
+
+def test_a_trace_has_the_ranks_of_other_nodes(leak_check: LeakCheck, tmp_path: Path) -> None:
+    """They share no memory with the driver: what they did comes over the wire, on a clock that was measured."""
+    path = tmp_path / "trace.json"
+    ((code, _, errors),) = finish(under("torchrun", 2, "--trace", str(path), "generate", "--ignore-eos", "--max-tokens", "40", "1+1="))
+    assert code == 0, errors
+    trace = read_trace(path)
+    host = os.uname().nodename
+    near, far = (trace.process(f"rank {rank} ({host})") for rank in range(2))
+    assert (near["clock_error_us"], far["clock_error_us"] > 0) == (0.0, True)
+    assert (near["is_complete"], far["is_complete"]) == (True, True)
+    steps = [{s["args"]["step"] for s in trace.spans(p["name"], "step")} for p in (near, far)]
+    assert steps[0] == steps[1] >= set(range(40))
+    assert len(trace.spans(far["name"], "all_reduce")) == len(trace.spans(near["name"], "all_reduce")) > 40
 
 
 @each_launcher

@@ -99,10 +99,11 @@ def make_requests() -> Requests:
 REQUESTS = make_requests()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["llama", "dots1"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model and a mixture of experts, which sorts its tokens by expert: everybody's among everybody's."""
     directory = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(directory)
+    save_checkpoint(directory, request.param)
     return directory
 
 

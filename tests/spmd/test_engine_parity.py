@@ -20,7 +20,18 @@ from support.engines import assert_idle, build_engine, complete_all
 import zspmd
 
 TP_SIZES = (1, 2, 4)
-QUICK = {"llama": TP_SIZES, "qwen3": TP_SIZES, "mistral": (2,), "qwen2": (2,), "tied": (2,)}
+QUICK = {
+    "llama": TP_SIZES,
+    "qwen3": TP_SIZES,
+    "mistral": (2,),
+    "qwen2": (2,),
+    "tied": (2,),
+    "mixtral": (1, 2),
+    "qwen2-moe": (1, 2),
+    "qwen3-moe": (1, 2),
+    "dots1": (1, 2),
+    "glm4-moe": (2,),
+}
 CASES = [
     *(pytest.param((family, sizes), id=family) for family, sizes in QUICK.items()),
     *(

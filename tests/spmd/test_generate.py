@@ -15,6 +15,7 @@ import pytest
 from support.engines import complete
 from support.leaks import LeakCheck
 from support.polling import block_until
+from support.traces import read_trace
 
 import zspmd
 from zspmd.runtime.engine.checkpoint import DEMO_MODEL
@@ -32,6 +33,13 @@ def test_two_ranks_add_and_know_their_line(leak_check: LeakCheck, tmp_path: Path
     assert (done.returncode, done.stdout.splitlines()) == (0, ["123+456=579", "999+1=1000", LINE])
     assert "rank 1: weights loaded" in done.stderr
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["r00000.err", "r00000.out", "r00001.err", "r00001.out"]
+
+
+def test_a_trace_shows_every_rank(leak_check: LeakCheck, tmp_path: Path) -> None:
+    done = run("-q", "--tp", "2", "--trace", str(tmp_path / "t.json"), "generate", "123+456=")
+    assert (done.returncode, done.stdout) == (0, "123+456=579\n")
+    trace = read_trace(tmp_path / "t.json")
+    assert [len(trace.spans(f"rank {rank} (localhost)", "forward")) >= 4 for rank in range(2)] == [True, True]
 
 
 def test_prompts_come_from_standard_input_and_answers_as_json(leak_check: LeakCheck) -> None:

@@ -211,7 +211,8 @@ async def test_events_tell_a_launch_from_its_start_to_its_end() -> None:
     for stream in (early, group.events()):
         events = [event async for event in stream]
         kinds = [event.kind for event in events]
-        assert sorted((event.kind, event.rank) for event in events[:4]) == [(k, r) for k in ("connected", "started") for r in (0, 1)]
+        assert (events[0].kind, events[0].rank) == ("serving", None)
+        assert sorted((event.kind, event.rank) for event in events[1:5]) == [(k, r) for k in ("connected", "started") for r in (0, 1)]
         assert [kind for kind in kinds if kind in ("ready", "stalled", "failed", "closing", "closed")] == [
             "ready",
             "stalled",

@@ -44,6 +44,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 16}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 24}),
+    "mixtral": ("mixtral", {"num_local_experts": 7, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48},
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 44,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+            "head_dim": 24,
+        },
+    ),
+    "dots1": (
+        "dots1",
+        {
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 44,
+            "n_shared_experts": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "glm4-moe": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 44,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "head_dim": 24,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
 }
 
 
@@ -54,6 +98,7 @@ def save_checkpoint(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
+    stacks_experts: bool = False,
     **overrides: Any,
 ) -> Any:
     """Write config.json and safetensors of a random model and return the Transformers model in eval mode.
@@ -64,6 +109,7 @@ def save_checkpoint(
         seed: equal seeds give equal weights.
         dtype: of the stored weights and of the returned model.
         max_shard_size: below the model's size (about 500 KB in float32) the weights are split and an index is written.
+        stacks_experts: write the experts of a layer as one tensor, as Transformers has them in memory, instead of one by one.
         overrides: fields of config.json.
     """
     model_type, fields = FAMILIES[family]
@@ -76,9 +122,12 @@ def save_checkpoint(
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
             elif name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, std=0.5)
     model.to(dtype).requires_grad_(False)
     model.config.dtype = dtype
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    model.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=not stacks_experts)
     return model
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zspmd.models.attention import AttentionInputs, ChunkSpan
+from zspmd.models.attention import AttentionInputs, ChunkSpan, KvLayer
 from zspmd.models.llama import LlamaModel
 
 
@@ -29,43 +29,54 @@ class PagedSequences:
         order = random.Random(seed).sample(range(1, self.num_blocks), self.num_blocks - 1)
         self.tables = [order[i * blocks_each : (i + 1) * blocks_each] for i in range(num_sequences)]
         self.computed = [0] * num_sequences
+        self._decoded: list[tuple[int, int]] = []  # sequences and lengths of the step before
 
     def slots(self, sequence: int, start: int, stop: int) -> list[int]:
         """Return the flat KV slots of positions [start, stop)."""
         table, size = self.tables[sequence], self.block_size
         return [table[i // size] * size + i % size for i in range(start, stop)]
 
+    def blocks(self, sequence: int, stop: int) -> list[int]:
+        """Return the blocks of positions [0, stop)."""
+        return self.tables[sequence][: -(-stop // self.block_size)]
+
     def build_inputs(self, chunks: Sequence[tuple[int, int]], decodes: Sequence[int]) -> AttentionInputs:
         """Return the inputs of a step: (sequence, tokens) for each chunk, and the sequences that decode one token."""
         positions: list[int] = []
-        write_slots: list[int] = []
+        slots: list[int] = []
         spans, start = [], 0
         for sequence, count in [*chunks, *((sequence, 1) for sequence in decodes)]:
             first = self.computed[sequence]
             positions += range(first, first + count)
-            write_slots += self.slots(sequence, first, first + count)
+            slots += self.slots(sequence, first, first + count)
         for sequence, count in chunks:
             stop = self.computed[sequence] + count
-            spans.append(ChunkSpan(start, count, torch.tensor(self.slots(sequence, 0, stop))))
+            spans.append(ChunkSpan(start, count, stop, torch.tensor(self.blocks(sequence, stop))))
             start += count
         lengths = [self.computed[sequence] + 1 for sequence in decodes]
-        reads = torch.zeros(len(decodes), max(lengths, default=0), dtype=torch.int64)
-        for row, (sequence, length) in enumerate(zip(decodes, lengths)):
-            reads[row, :length] = torch.tensor(self.slots(sequence, 0, length))
+        tables = [self.blocks(sequence, length) for sequence, length in zip(decodes, lengths)]
+        width = max(map(len, tables), default=0)
+        decoded = list(zip(decodes, lengths))
+        repeats = not chunks and decoded == [(sequence, length + 1) for sequence, length in self._decoded]
+        self._decoded = decoded
         return AttentionInputs(
+            block_size=self.block_size,
             positions=torch.tensor(positions),
-            write_slots=torch.tensor(write_slots),
+            max_length=max(positions) + 1,
+            write_blocks=torch.tensor(slots) // self.block_size,
+            write_places=torch.tensor(slots) % self.block_size,
             chunks=tuple(spans),
             decode_start=start,
-            decode_read_slots=reads,
+            decode_blocks=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int64),
             decode_lengths=torch.tensor(lengths, dtype=torch.int64),
+            repeats_decodes=repeats,
         )
 
 
 def run_step(
     model: LlamaModel,
     pages: PagedSequences,
-    cache: Sequence[Tensor],
+    cache: Sequence[KvLayer],
     tokens: Sequence[Sequence[int]],
     chunks: Sequence[tuple[int, int]],
     decodes: Sequence[int],

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from support.package import PACKAGES, ROOT, SOURCES, imports_of, module_name
 
-LEAVES = ("backends", "errors", "config", "topology", "model_config", "safetensors_files", "process", "descriptors")
+LEAVES = (
+    "backends",
+    "errors",
+    "config",
+    "topology",
+    "model_config",
+    "mixture_config",
+    "config_fields",
+    "safetensors_files",
+    "process",
+    "descriptors",
+)
 FORBIDDEN = {
     "transport": {"torch", "zspmd.runtime", "zspmd.workers", "zspmd.models", "transformers"},
     "runtime": {"torch", "zspmd.workers", "zspmd.models", "transformers", "zspmd.runtime.programs"},

@@ -43,6 +43,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
         num_heads=4,
         num_kv_heads=2,
         head_dim=2,
+        rotary_dim=2,
         max_position_embeddings=64,
         rms_norm_eps=1e-6,
         rope_theta=10_000.0,

@@ -29,11 +29,14 @@ _CALLS = ("node-rank", "external")
 _FOR_CALLS = ("master-addr", "master-port", "secret-file")
 
 
-def launch_options(arguments: argparse.Namespace, program: str, *, takes_hosts: bool = True, takes_calls: bool = True) -> LaunchOptions:
+def launch_options(
+    arguments: argparse.Namespace, program: str, *, takes_hosts: bool = True, takes_calls: bool = True, takes_trace: bool = True
+) -> LaunchOptions:
     """Return what the options mean for a program, and put ``--env`` into this process's environment.
 
     Args:
-        takes_hosts: whether the program's ranks may be on other nodes; ``takes_calls``: whether these may call in.
+        takes_hosts: whether the program's ranks may be on other nodes; ``takes_calls``: whether these may call in; ``takes_trace``:
+            whether it has steps that a trace could show.
 
     Raises:
         ConfigError: an option that only scripts have, or one that cannot be honoured.
@@ -43,6 +46,8 @@ def launch_options(arguments: argparse.Namespace, program: str, *, takes_hosts: 
     for name in (*_FOR_SCRIPTS, *IGNORED):
         if getattr(arguments, dest(name)) not in (None, False):
             raise ConfigError(f"--{name} is for scripts and means nothing for the program {program!r}; leave it out")
+    if arguments.trace is not None and not takes_trace:
+        raise ConfigError(f"--trace means nothing for the program {program!r}, which has no timeline of steps; leave it out")
     variables = _variables(arguments)
     if not takes_calls:
         _check_no_calls(arguments, program)
@@ -69,6 +74,7 @@ def launch_options(arguments: argparse.Namespace, program: str, *, takes_hosts: 
         nodes=read_nodes(arguments, forwarded_names(arguments.env, variables)),
         lease_s=read_seconds("--node-timeout", arguments.node_timeout, Deadlines.lease_s),
         report=_report(arguments),
+        trace=None if arguments.trace is None else os.path.abspath(arguments.trace),
         timeout_s=read_seconds("--timeout", arguments.timeout, 0.0),
         tail=read_tail(arguments.tail),
         has_prefix=arguments.prefix != "none",
@@ -89,6 +95,11 @@ def script_options(arguments: argparse.Namespace) -> ScriptOptions:
     for axis in ("tp", "pp", "dp"):
         if getattr(arguments, axis) is not None:
             raise ConfigError(f"--{axis} is for programs; a script lays out its own mesh, give -n")
+    if arguments.trace is not None:
+        raise ConfigError(
+            "--trace shows the steps that a driver publishes, and a script has none: give it to a program such as generate, or "
+            "trace=FILE to zspmd.launch() in the script; torch.profiler shows what a rank's own code does"
+        )
     choice, manual = choose_hosts(arguments), read_manual(arguments)
     counts = count_ranks(arguments, choice.hosts)
     place = None if arguments.dry_run else read_place(arguments, manual, counts)

@@ -125,6 +125,7 @@ def _add_output_options(group: argparse._ActionsContainer) -> None:
     _add(group, "no-prefix", action="store_true", help="--prefix none")
     _add(group, "timestamps", action="store_true", help="seconds since the start before each line")
     _add(group, "tail", type=int, default=TAIL_LINES, metavar="N", help=f"lines shown of a rank that has failed ({TAIL_LINES})")
+    _add(group, "trace", metavar="FILE", help="of programs: write the timeline of driver and ranks to FILE, for ui.perfetto.dev")
     _add(group, "report", metavar="FILE", help="write how the launch ended to FILE, as JSON (report.json beside the logs)")
     _add(group, "quiet", "-q", action="store_true", help="show ranks' lines and errors only")
     _add(group, "verbose", "-v", action="store_true", help="tell too how nodes are reached, and what their logins print")

@@ -22,7 +22,7 @@ class LaunchOptions:
         devices: by rank; with ``hosts`` it is empty, and ``device_spec`` goes to the nodes as it was written.
         hosts: None for this machine alone; ``notes`` say how they came about where nobody named them.
         lease_s: for how long a node may be silent.
-        report: where to write how the launch ended; None for nowhere.
+        report: where to write how the launch ended; None for nowhere. ``trace``: where its timeline goes.
         timeout_s: how long the launch may take; 0 for ever.
         given: the options, of those that have a default, that were on the command line: for a program that knows better.
         dial: the place of this command, where it is one of several that call each other.
@@ -39,6 +39,7 @@ class LaunchOptions:
     nodes: NodesConfig = field(default_factory=NodesConfig)
     lease_s: float = Deadlines.lease_s
     report: str | None = None
+    trace: str | None = None
     timeout_s: float = 0.0
     tail: int = TAIL_LINES
     has_prefix: bool = True

@@ -66,6 +66,11 @@ class PeerClock:
         """How far ``here`` may be off, to either side, in seconds; infinite before the first answer."""
         return (self._error_ns + _DRIFT * (self._last_ns - self._taken_ns)) / 1e9
 
+    @property
+    def offset_ns(self) -> int:
+        """What is to be taken from a time of the peer's to have it on this node's clock."""
+        return round(self._offset_ns)
+
     def answered(self, sent_ns: int, peer_ns: int, received_ns: int) -> None:
         """Take one answer; the first and last are times of this node's clock."""
         error_ns = (received_ns - sent_ns) / 2
@@ -76,4 +81,4 @@ class PeerClock:
 
     def here(self, peer_ns: int) -> int:
         """Return what this node's clock showed when the peer's showed ``peer_ns``."""
-        return round(peer_ns - self._offset_ns)
+        return peer_ns - self.offset_ns

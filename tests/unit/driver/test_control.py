@@ -92,7 +92,7 @@ async def test_a_rank_is_admitted_once(hub: Hub) -> None:
         ({"token": b""}, "the token is not this launch's"),
         ({"version": "0.0.1"}, f"the rank runs zspmd 0.0.1, the driver {zspmd.__version__}; install the same version"),
         ({"rank": 2}, "rank 2 is outside the world of 2"),
-        ({"purpose": "shell"}, "purpose 'shell' is none of rank, beat, store"),
+        ({"purpose": "shell"}, "purpose 'shell' is none of rank, beat, store, trace"),
         ({"token": b"u" * 32, "rank": 9, "version": "0"}, "the token is not this launch's"),
     ],
     ids=["wrong token", "no token", "another version", "outside the world", "unknown purpose", "token first"],

@@ -25,7 +25,7 @@ def give(stream: RequestStream, tokens: list[int], finish_reason: str | None = N
     """Do to a completion what the scheduler and the engine do when tokens come back; returns the stop text."""
     completion = stream.completions[index]
     completion.sequence.output_token_ids += tokens
-    stop = completion.push(tokens, finish_reason, [])
+    stop = completion.push(tokens, finish_reason)
     if finish_reason is not None:
         finish(completion, finish_reason)
     stream.notify()
@@ -139,7 +139,8 @@ async def test_a_request_is_finished_when_all_its_completions_are() -> None:
 async def test_logprobs_are_none_unless_asked_for(asked: int | None) -> None:
     stream = build(logprobs=asked)
     entry = TokenLogprob(5, -0.5, {})
-    stream.completions[0].push([5], None, [] if asked is None else [entry])
+    stream.completions[0].logprobs += [] if asked is None else [entry]
+    stream.completions[0].push([5], None)
     stream.notify()
     assert (await stream.next_output()).outputs[0].logprobs == (None if asked is None else [entry])
 

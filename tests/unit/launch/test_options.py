@@ -199,3 +199,17 @@ def test_programs_and_their_ranks_inherit_what_env_sets(monkeypatch: pytest.Monk
     monkeypatch.setenv("ZSPMD_TEST_SET", "before")
     launch_options(build_parser([]).parse_args(["--env", "ZSPMD_TEST_SET=after", "generate"]), "generate")
     assert os.environ["ZSPMD_TEST_SET"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (["train.py"], "a script has none: give it to a program such as generate"),
+        (["ps"], "--trace means nothing for the program 'ps'"),
+    ],
+    ids=["script", "program without steps"],
+)
+def test_a_trace_is_for_programs_with_steps(command: list[str], error: str) -> None:
+    parsed = build_parser(["ps"]).parse_args(["--trace", "t.json", *command])
+    with pytest.raises(ConfigError, match=error):
+        script_options(parsed) if command[0].endswith(".py") else launch_options(parsed, "ps", takes_trace=False)

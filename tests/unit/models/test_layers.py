@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from zspmd.model_config import RopeScaling
-from zspmd.models.attention import AttentionInputs, ChunkSpan, SdpaAttention
+from zspmd.models.attention import AttentionInputs, ChunkSpan, KvLayer, PagedAttention
 from zspmd.models.layers import RmsNorm
-from zspmd.models.rope import apply_rotation, rotary_frequencies
+from zspmd.models.rope import rotary_frequencies, rotate_
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6], ids=["tiny", "usual", "huge"])
@@ -29,8 +29,9 @@ def test_rms_norm(dtype: torch.dtype, scale: float) -> None:
 def test_rotation_of_one_pair() -> None:
     angle = torch.tensor(0.3)
     cos, signed_sin = angle.cos().expand(1, 1, 2), torch.stack((-angle.sin(), angle.sin())).view(1, 1, 2)
-    out = apply_rotation(torch.tensor([[[1.0, 0.0]]]), (cos, signed_sin))
-    torch.testing.assert_close(out, torch.tensor([[[math.cos(0.3), math.sin(0.3)]]]))
+    head = torch.tensor([[[1.0, 0.0]]])
+    rotate_(head, (cos, signed_sin))
+    torch.testing.assert_close(head, torch.tensor([[[math.cos(0.3), math.sin(0.3)]]]))
 
 
 def test_llama3_keeps_short_and_divides_long_wavelengths() -> None:
@@ -45,26 +46,45 @@ def test_llama3_keeps_short_and_divides_long_wavelengths() -> None:
     assert ((between > 1 / 8) & (between < 1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [1, 3, 5], ids=lambda window: f"window-{window}")
-@pytest.mark.parametrize("kind", ["decode", "chunk", "whole"])
-def test_sliding_window_sees_exactly_its_positions(kind: str, window: int) -> None:
+@pytest.mark.parametrize("kind", ["decode", "repeat", "chunk", "whole"])
+def test_sliding_window_sees_exactly_its_positions(kind: str, window: int, dtype: torch.dtype) -> None:
     """Equal keys and one-hot values: the output shows which of 6 positions the last token sees."""
-    attention = SdpaAttention(1, sliding_window=window, dtype=torch.float32)
-    slots = torch.tensor([9, 4, 7, 5, 8, 6])
-    cache = torch.zeros(2, 12, 1, 6)
-    rows = {"decode": 1, "chunk": 2, "whole": 6}[kind]
-    values = torch.eye(6)[:, None]
-    cache[1, slots] = values
-    inputs = AttentionInputs(
-        positions=torch.arange(6)[-rows:],
-        write_slots=slots[-rows:],
-        chunks=() if kind == "decode" else (ChunkSpan(0, rows, slots),),
-        decode_start=0 if kind == "decode" else rows,
-        decode_read_slots=slots[None] if kind == "decode" else torch.empty(0, 0, dtype=torch.int64),
-        decode_lengths=torch.tensor([6] if kind == "decode" else [], dtype=torch.int64),
-    )
-    attend = attention.begin_step(inputs)
-    out = attend(torch.ones(rows, 1, 6), torch.zeros(rows, 1, 6), values[-rows:], cache)
-    wanted = torch.zeros(6)
+    cpu = torch.device("cpu")
+    attention = PagedAttention(1, 1, 6, 1, sliding_window=window, dtype=dtype, device=cpu)
+    layer = KvLayer(5, 1, 2, 6, dtype=dtype, device=cpu)
+    blocks = torch.tensor([3, 1, 4])
+    values = torch.eye(6, dtype=dtype)
+    layer.cache[blocks, 1] = values.view(3, 2, 6)
+
+    def attend(first: int, stop: int, *, repeats: bool = False) -> torch.Tensor:
+        is_chunk = kind in ("chunk", "whole")
+        positions = torch.arange(first, stop)
+        inputs = AttentionInputs(
+            block_size=2,
+            positions=positions,
+            max_length=stop,
+            write_blocks=blocks[positions // 2],
+            write_places=positions % 2,
+            chunks=(ChunkSpan(0, stop - first, stop, blocks),) if is_chunk else (),
+            decode_start=stop - first if is_chunk else 0,
+            decode_blocks=torch.empty(0, 0, dtype=torch.int64) if is_chunk else blocks[None, : -(-stop // 2)],
+            decode_lengths=torch.tensor([] if is_chunk else [stop], dtype=torch.int64),
+            repeats_decodes=repeats,
+        )
+        query = torch.ones(stop - first, 1, 6, dtype=dtype)
+        keys_values = torch.stack((torch.zeros(stop - first, 6, dtype=dtype), values[first:stop]), 1)
+        return attention.begin_step(inputs)(query, keys_values, layer)
+
+    if kind == "repeat":
+        for length in range(2, 6):
+            attend(length - 1, length, repeats=length > 2)
+        if attention.has_plain_decode:
+            layer.cache.fill_(100.0)  # what was gathered is not read again
+        out = attend(5, 6, repeats=True)
+    else:
+        out = attend({"decode": 5, "chunk": 4, "whole": 0}[kind], 6)
+    wanted = torch.zeros(6, dtype=dtype)
     wanted[-window:] = 1 / window
     torch.testing.assert_close(out[-1], wanted)

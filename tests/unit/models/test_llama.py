@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.checkpoints import FAMILIES, save_checkpoint
 from support.paging import PagedSequences, run_step
 from support.threads import ThreadCommunicator, run_ranks
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from zspmd.errors import TopologyError
 from zspmd.model_config import ModelConfig, read_model_config, tensor_shapes
-from zspmd.models.attention import AttentionInputs
+from zspmd.models.attention import KvLayer
 from zspmd.models.llama import LlamaModel
 from zspmd.models.loading import load_weights
 
@@ -55,9 +56,11 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return Reference(directory, config, [tokens for tokens, _ in pairs], [logits for _, logits in pairs])
 
 
-def load(reference: Reference, communicator: ThreadCommunicator) -> LlamaModel:
+def load(reference: Reference, communicator: ThreadCommunicator, *, is_packed: bool = True) -> LlamaModel:
     model = LlamaModel(reference.config, communicator, dtype=torch.float32, device=CPU)
     load_weights(model, reference.directory, progress=lambda done, total: None)
+    if is_packed:
+        model.pack_weights()
     return model
 
 
@@ -68,9 +71,11 @@ def gather_logits(shard: Tensor, communicator: ThreadCommunicator, vocab_size: i
 
 
 @torch.inference_mode()
-def generate_greedily(reference: Reference, communicator: ThreadCommunicator) -> tuple[list[list[int]], list[dict[int, Tensor]]]:
+def generate_greedily(
+    reference: Reference, communicator: ThreadCommunicator, *, is_packed: bool
+) -> tuple[list[list[int]], list[dict[int, Tensor]]]:
     """Run the prompts as a mixed batch: decodes first, the rest of each step filled with chunks."""
-    model = load(reference, communicator)
+    model = load(reference, communicator, is_packed=is_packed)
     tokens = [whole[:length] for whole, length in zip(reference.tokens, PROMPT_LENGTHS)]
     pages = PagedSequences(len(tokens), max_tokens=max(PROMPT_LENGTHS) + NUM_NEW)
     cache = model.allocate_kv_cache(pages.num_blocks, pages.block_size)
@@ -91,10 +96,11 @@ def generate_greedily(reference: Reference, communicator: ThreadCommunicator) ->
     return tokens, seen
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_mixed_batch_equals_transformers(reference: Reference, tp: int) -> None:
+def test_mixed_batch_equals_transformers(reference: Reference, tp: int, is_packed: bool) -> None:
     """Chunked prefill beside decodes over shuffled blocks: the same greedy tokens, logits within 1e-4 in float32."""
-    for tokens, seen in run_ranks(tp, lambda communicator: generate_greedily(reference, communicator)):
+    for tokens, seen in run_ranks(tp, lambda communicator: generate_greedily(reference, communicator, is_packed=is_packed)):
         assert tokens == reference.tokens
         for logits, wanted in zip(seen, reference.logits):
             assert list(logits) == list(range(len(wanted) - 1))
@@ -152,14 +158,14 @@ def test_vocabulary_spans_tile_the_padded_vocabulary(llama: Reference) -> None:
 
 @pytest.mark.parametrize(("tp", "kv_heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
 def test_cache_size_follows_the_ranks_kv_heads(llama: Reference, tp: int, kv_heads: int) -> None:
-    def allocate(communicator: ThreadCommunicator) -> tuple[list[Tensor], int]:
+    def allocate(communicator: ThreadCommunicator) -> tuple[list[KvLayer], int]:
         model = LlamaModel(llama.config, communicator, dtype=torch.bfloat16, device=CPU)
         return model.allocate_kv_cache(num_blocks=3, block_size=4), model.kv_bytes_per_block(block_size=4)
 
     for cache, bytes_per_block in run_ranks(tp, allocate):
-        assert [tensor.shape for tensor in cache] == [(2, 12, kv_heads, 8)] * 2
-        assert sum(tensor.nbytes for tensor in cache) == 3 * bytes_per_block
-        assert not any(tensor.any() for tensor in cache)
+        assert [layer.cache.shape for layer in cache] == [(3, 2 * kv_heads, 4, 8)] * 2
+        assert sum(layer.cache.nbytes for layer in cache) == 3 * bytes_per_block
+        assert not any(layer.cache.any() for layer in cache)
 
 
 def test_unfit_communicator_is_refused(llama: Reference) -> None:
@@ -178,10 +184,9 @@ def test_padding_reads_are_masked(llama: Reference) -> None:
     run_step(model, pages, cache, tokens, [(0, 5)], [])
     inputs = pages.build_inputs([], [0])
     wanted = model(torch.tensor([6]), inputs, cache)
-    for tensor in cache:
-        tensor[:, : pages.block_size] = 100.0
-    wide = torch.cat((inputs.decode_read_slots, torch.zeros(1, 7, dtype=torch.int64)), 1)
-    padded = AttentionInputs(inputs.positions, inputs.write_slots, (), 0, wide, inputs.decode_lengths)
+    for layer in cache:
+        layer.cache[0] = 100.0
+    padded = replace(inputs, decode_blocks=F.pad(inputs.decode_blocks, (0, 7)))
     torch.testing.assert_close(model(torch.tensor([6]), padded, cache), wanted)
 
 
@@ -200,3 +205,37 @@ def test_half_precision_stays_close(tmp_path: Path, dtype: torch.dtype) -> None:
     rows = [run_step(model, pages, cache, tokens, [(0, 12)], [])] + [run_step(model, pages, cache, tokens, [], [0]) for _ in range(8)]
     logits = torch.stack([row for step in rows for _, _, row in step])[:, : config.vocab_size]
     torch.testing.assert_close(logits, reference_model(torch.tensor(tokens)).logits[0].float(), atol=5e-2, rtol=0)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_kept_contexts_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Sequences of different lengths decode past the room of the contexts gathered first, and once more with one that comes and goes."""
+    save_checkpoint(tmp_path, family)
+    reference = Reference(tmp_path, read_model_config(tmp_path), [], [])
+    draw = random.Random(3)
+    tokens = [draw.choices(range(reference.config.vocab_size), k=120) for _ in range(3)]
+    steps = [[0, 1]] * 70 + [[0, 1, 2]] * 3 + [[1, 0]] * 3 + [[2]] * 5
+
+    def run() -> list[Tensor]:
+        model = load(reference, run_ranks(1, lambda communicator: communicator)[0])
+        pages = PagedSequences(3, max_tokens=120)
+        cache = model.allocate_kv_cache(pages.num_blocks, pages.block_size)
+        run_step(model, pages, cache, tokens, [(0, 9), (1, 2), (2, 30)], [])
+        return [row for decodes in steps for _, _, row in run_step(model, pages, cache, tokens, [], decodes)]
+
+    kept = run()
+    monkeypatch.setattr("zspmd.models.attention._MAX_KEPT_BYTES", 0)
+    gathered = run()
+    torch.testing.assert_close(torch.stack(kept), torch.stack(gathered), atol=1e-5, rtol=0)
+
+
+def test_packing_frees_the_weights(llama: Reference) -> None:
+    """What stays: the embedding, the norms, and nothing that a packed product has a copy of."""
+    model = run_ranks(1, lambda communicator: load(llama, communicator))[0]
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()} == {
+        "embedding",
+        "attention_norm",
+        "mlp_norm",
+        "norm",
+    }

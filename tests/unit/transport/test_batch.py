@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from zspmd.errors import BadFrameError
-from zspmd.transport.batch import FIXED, SAME_DECODE, BatchStep, SlotAdd, decode_batch_step, encode_batch_step
+from zspmd.transport.batch import FIXED, SAME_BATCH, SAME_DECODE, BatchStep, SlotAdd, decode_batch_step, encode_batch_step
 
 ADD = SlotAdd(
     slot=65_535,
@@ -136,3 +136,9 @@ def add_with(**changes: object) -> bytes:
 def test_a_bad_step_is_refused(data: bytes, words: str) -> None:
     with pytest.raises(BadFrameError, match=words):
         decode_batch_step(data)
+
+
+def test_the_step_that_changes_nothing_is_one_object_on_both_ends() -> None:
+    data = encode_batch_step(SAME_BATCH)
+    assert data == encode_batch_step(BatchStep())
+    assert decode_batch_step(data) is decode_batch_step(memoryview(data)) is SAME_BATCH

@@ -22,6 +22,7 @@ from zspmd.transport.records import (
     Reject,
     StoreReply,
     StoreRequest,
+    TraceEvents,
     Welcome,
     unpack_record,
 )
@@ -50,6 +51,7 @@ SAMPLES: list[ControlRecord] = [
     Reject(reason="no"),
     Beat(phase="idle", seq=-1, done_seq=-1, step_id=-1, memory_bytes=5),
     Progress(done=1, total=2, what="weights"),
+    TraceEvents(first=1, rows=b"r", filled_numbers=b"n", filled=b"f", names=("span",), num_unnamed=1, is_closed=True),
     StoreRequest(request_id=1, op="set", keys=("k",), value=b"v"),
     StoreReply(request_id=1, value=b"v", amount=-3, absent=("k",), error="e"),
     Failure(exception_type="E", message="m", traceback="t", phase="step", step_id=0),

@@ -14,6 +14,7 @@ from support.threads import ThreadCommunicator, run_ranks
 
 from zspmd.errors import BadFrameError, ConfigError, InternalError
 from zspmd.transport.batch import BatchStep, SlotAdd, encode_batch_step
+from zspmd.transport.trace_spans import NO_TRACE, Trace
 from zspmd.workers.model_worker import ModelWorker, choose_dtype
 from zspmd.workers.worker import find_rpc
 
@@ -30,6 +31,7 @@ class StandInContext:
     mesh: dict[str, Any]
     rank: int = 0
     device: str = "cpu"
+    trace: Trace = NO_TRACE
     progress: list[tuple[int, int, str]] = field(default_factory=list)
 
     def report_progress(self, done: int, total: int, what: str) -> None:

@@ -1,0 +1,1 @@
+"""Programs of the sides that zspmd-run bench measures, each run in processes of its own."""
