@@ -147,8 +147,9 @@ class EngineConfig:
         dtype: dtype of weights and activations; "auto" is float32 on a CPU and the checkpoint's on a GPU.
         pack_weights: put the weights into the form that a CPU multiplies fastest with, once they are loaded. Costs a copy of the
             vocabulary where embedding and head share theirs; does nothing on a GPU.
-        window: steps in flight; 2 lets the next step be published before the last one is back.
+        window: steps in flight; 2 lets the next step be published before the last one is back. With pp stages it is at least pp + 1.
         max_waiting: requests that may wait for a slot before ``generate`` refuses more.
+        pp_partition: layers of each pipeline stage, such as (3, 2); None balances them.
     """
 
     max_num_seqs: int = 64
@@ -162,6 +163,7 @@ class EngineConfig:
     pack_weights: bool = True
     window: int = 2
     max_waiting: int = 10_000
+    pp_partition: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         bounds = {

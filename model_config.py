@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .config import ParallelConfig
 from .config_fields import Fields, shown
 from .errors import CheckpointError, TopologyError
 from .mixture_config import DOTS1, GLM4_MOE, MIXTRAL, MIXTURES, QWEN2_MOE, QWEN3_MOE, MixtureConfig, mixture_shapes, read_mixture
@@ -263,6 +264,24 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
             f"tp {tp} does not fit {', '.join(sizes[:-1])} and {sizes[-1]}: it must divide all but the KV heads, and divide those or be "
             f"a multiple of them; choose one of {', '.join(map(str, works))}"
         )
+
+
+def check_expert_parallel(config: ModelConfig, parallel: ParallelConfig) -> None:
+    """Check that ``ep`` is 1 or tp, where each replica has all experts, or dp * tp, where all replicas share them.
+
+    Raises:
+        TopologyError: another ``ep``, or one above 1 of a model without experts.
+    """
+    works = (1,) if config.mixture is None else (1, parallel.tp, parallel.dp * parallel.tp)
+    if parallel.ep not in works:
+        what = "has no experts" if config.mixture is None else "spreads experts over the tp ranks of each replica, or over all replicas"
+        choices = " or ".join(map(str, dict.fromkeys(works)))
+        raise TopologyError(f"ep is {parallel.ep}, and the model {what}: with tp {parallel.tp} and dp {parallel.dp} choose {choices}")
+
+
+def shares_experts(config: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Return whether the experts are spread over several replicas, which then compute in lockstep."""
+    return config.mixture is not None and parallel.ep > parallel.tp
 
 
 def _shared_widths(config: ModelConfig) -> dict[str, int]:

@@ -10,6 +10,8 @@ The expert axis ``ep`` spans the ranks of one pipeline stage over dp and tp.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import ParallelConfig
@@ -55,6 +57,30 @@ class AxisGroup:
     def previous_rank(self) -> int:
         """World rank of the place before, wrapping round."""
         return self.ranks[(self.index - 1) % self.size]
+
+
+def stage_layers(num_layers: int, num_stages: int, partition: Sequence[int] | None = None) -> list[range]:
+    """Return the layers of each pipeline stage, contiguous and in order.
+
+    Args:
+        partition: layers of each stage; None balances them, the first stages having one more where they cannot be equal, since the last
+            has the head as well.
+
+    Raises:
+        TopologyError: more stages than layers, or a partition that does not give each stage one layer at least and all of them together.
+    """
+    if partition is None:
+        if num_stages > num_layers:
+            raise TopologyError(f"pp {num_stages} is more than the {num_layers} layers of the model; choose at most {num_layers}")
+        each, rest = divmod(num_layers, num_stages)
+        partition = [each + (stage < rest) for stage in range(num_stages)]
+    if len(partition) != num_stages or sum(partition) != num_layers or min(partition) < 1:
+        raise TopologyError(
+            f"the pipeline partition {', '.join(map(str, partition))} has {len(partition)} stages and {sum(partition)} layers; "
+            f"it must give each of pp {num_stages} stages one layer or more, {num_layers} in all"
+        )
+    ends = list(itertools.accumulate(partition))
+    return [range(end - count, end) for end, count in zip(ends, partition)]
 
 
 def axis_groups(parallel: ParallelConfig, axis: str) -> list[tuple[int, ...]]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mixture_config import MixtureConfig, place_experts
-from .communicator import Communicator
+from .expert_axis import ExpertAxis
 from .group_products import GroupProduct, build_group_product
 from .layers import ShardedModule, WeightShard, empty_parameter
 
@@ -32,7 +32,7 @@ class Experts(ShardedModule):
         prefix: name of the mixture in the checkpoint.
         mixture: sizes, and how the experts are stored.
         in_size: D.
-        communicator: the axis that the experts are spread over.
+        axis: the one that the experts are spread over.
         dtype: of the weights.
         device: where they live.
     """
@@ -42,7 +42,7 @@ class Experts(ShardedModule):
         prefix: str,
         mixture: MixtureConfig,
         in_size: int,
-        communicator: Communicator,
+        axis: ExpertAxis,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -51,7 +51,7 @@ class Experts(ShardedModule):
         self.prefix = prefix
         self.mixture = mixture
         self.in_size = in_size
-        self.placed = place_experts(mixture.num_experts, communicator.rank, communicator.size)
+        self.placed = place_experts(mixture.num_experts, axis.rank, axis.size)
         count = len(self.placed)
         # One expert's rows stand below another's, so that a shard fills rows as everywhere.
         self.gate_up = empty_parameter(count * 2 * mixture.expert_size, in_size, dtype=dtype, device=device)

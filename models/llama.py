@@ -11,6 +11,7 @@ T tokens, D model, H heads and K kv heads of this rank, E head dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from ..model_config import ModelConfig, check_tensor_parallel
 from .attention import AttendLayer, AttentionBackend, AttentionInputs, KvLayer, PagedAttention
 from .communicator import Communicator
+from .expert_axis import ExpertAxis, ReplicaCommunicator
 from .layers import ColumnParallelLinear, ColumnPart, RmsNorm, RowParallelLinear, ShardedModule, VocabParallelTable, WeightShard
-from .moe import build_mlp
+from .moe import Mixture, build_mlp
 from .rope import RotaryEmbedding, rotate_
 
 Rotation = tuple[Tensor, Tensor]
@@ -82,13 +84,15 @@ class LlamaAttention(nn.Module):
 class LlamaLayer(nn.Module):
     """Attention and MLP, or a mixture of experts in its place, each behind a norm and added to the residual."""
 
-    def __init__(self, index: int, config: ModelConfig, communicator: Communicator, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, index: int, config: ModelConfig, communicator: Communicator, axis: ExpertAxis, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         prefix, size, eps = f"model.layers.{index}", config.hidden_size, config.rms_norm_eps
         self.attention_norm = RmsNorm(f"{prefix}.input_layernorm", size, eps, dtype=dtype, device=device)
         self.attention = LlamaAttention(f"{prefix}.self_attn", config, communicator, dtype=dtype, device=device)
         self.mlp_norm = RmsNorm(f"{prefix}.post_attention_layernorm", size, eps, dtype=dtype, device=device)
-        self.mlp = build_mlp(config, index, communicator, dtype=dtype, device=device)
+        self.mlp = build_mlp(config, index, communicator, axis, dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, rotation: Rotation, attend: AttendLayer, cache: KvLayer) -> Tensor:
         hidden = self.attention.forward(self.attention_norm.forward(hidden), rotation, attend, cache).add_(hidden)
@@ -111,60 +115,107 @@ class LlamaModel(nn.Module):
         communicator: the tensor-parallel axis.
         dtype: of weights, activations and KV cache.
         device: where they live.
+        layers: those of this rank's pipeline stage; None stands for all. The first stage embeds, the last has norm and head.
+        replicas: the data-parallel axis, where the experts are spread over all replicas; None where each replica has all of them.
 
     Raises:
         TopologyError: the communicator's size does not fit the heads or the MLP.
     """
 
-    def __init__(self, config: ModelConfig, communicator: Communicator, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        communicator: Communicator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: range | None = None,
+        replicas: ReplicaCommunicator | None = None,
+    ) -> None:
         check_tensor_parallel(config, communicator.size)
         super().__init__()
+        layers = range(config.num_layers) if layers is None else layers
+        is_first, is_last = layers.start == 0, layers.stop == config.num_layers
         self.config = config
         self.dtype = dtype
         self.device = device
         self.num_kv_heads = max(1, config.num_kv_heads // communicator.size)
-        vocabulary = (config.vocab_size, config.hidden_size, communicator)
-        self.embedding = VocabParallelTable("model.embed_tokens", *vocabulary, dtype=dtype, device=device)
-        layers = [LlamaLayer(i, config, communicator, dtype=dtype, device=device) for i in range(config.num_layers)]
-        self.layers = nn.ModuleList(layers)
-        self._run_layers = [layer.forward for layer in layers]
-        self.norm = RmsNorm("model.norm", config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        is_tied = config.tie_word_embeddings
-        self.head = self.embedding if is_tied else VocabParallelTable("lm_head", *vocabulary, dtype=dtype, device=device)
+        build_table = functools.partial(
+            VocabParallelTable,
+            vocab_size=config.vocab_size,
+            size=config.hidden_size,
+            communicator=communicator,
+            dtype=dtype,
+            device=device,
+        )
+        self.embedding = build_table("model.embed_tokens") if is_first else None
+        self.expert_axis = ExpertAxis(communicator, replicas)
+        own_layers = [LlamaLayer(i, config, communicator, self.expert_axis, dtype=dtype, device=device) for i in layers]
+        self.layers = nn.ModuleList(own_layers)
+        self._run_layers = [layer.forward for layer in own_layers]
+        self.norm = RmsNorm("model.norm", config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device) if is_last else None
+        self.head: VocabParallelTable | None = None
+        if is_last:
+            is_shared = config.tie_word_embeddings and self.embedding is not None
+            self.head = self.embedding if is_shared else build_table("model.embed_tokens" if config.tie_word_embeddings else "lm_head")
         self.rotary = RotaryEmbedding(config, dtype=dtype, device=device)
         self.attention: AttentionBackend = PagedAttention(
             config.num_heads // communicator.size,
             self.num_kv_heads,
             config.head_dim,
-            config.num_layers,
+            len(layers),
             sliding_window=config.sliding_window,
             dtype=dtype,
             device=device,
         )
-        self.vocab_start = self.head.start
-        self.vocab_end = self.head.end
 
-    def forward(self, token_ids: Tensor, inputs: AttentionInputs, kv_cache: Sequence[KvLayer]) -> Tensor:
-        """Run the packed tokens of a step, store their keys and values, and return their hidden states after the last norm.
+    def forward(self, token_ids: Tensor, inputs: AttentionInputs, kv_cache: Sequence[KvLayer], hidden: Tensor | None = None) -> Tensor:
+        """Run the packed tokens of a step, store their keys and values, and return their hidden states: on the last stage after the norm.
 
         Args:
-            token_ids: int64 [T], below the vocabulary's size; T is at least 1.
+            token_ids: int64 [T], below the vocabulary's size; T is at least 1. Only the first stage reads them.
             inputs: where the tokens lie.
             kv_cache: what ``allocate_kv_cache`` returned.
+            hidden: [T, D], what the stage before returned; None on the first.
 
         Returns:
-            [T, D], the same on all ranks.
+            [T, D], the same on all ranks of the stage.
         """
-        hidden = self.embedding.lookup(token_ids)
+        if hidden is None:
+            assert self.embedding is not None, "only the first stage embeds"
+            hidden = self.embedding.lookup(token_ids)
         rotation = self.rotary.forward(inputs.positions, inputs.max_length)
         attend = self.attention.begin_step(inputs)
         for run_layer, cache in zip(self._run_layers, kv_cache, strict=True):
             hidden = run_layer(hidden, rotation, attend, cache)
-        return self.norm.forward(hidden)
+        return hidden if self.norm is None else self.norm.forward(hidden)
+
+    def serve_experts(self) -> None:
+        """Take part in a step in which this replica computes nothing, where other replicas need its experts."""
+        nothing = torch.empty(0, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        for layer in self.layers:
+            if isinstance(layer.mlp, Mixture):
+                layer.mlp.forward(nothing)
+
+    @property
+    def vocab_start(self) -> int:
+        """The first of this rank's tokens; on the last stage."""
+        return self._head.start
+
+    @property
+    def vocab_end(self) -> int:
+        return self._head.end
+
+    @property
+    def _head(self) -> VocabParallelTable:
+        assert self.head is not None, "only the last stage has the head"
+        return self.head
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits [R, vocab_end - vocab_start] of rows ``hidden`` [R, D]: this rank's tokens, -inf for padding."""
-        return self.head.project(hidden)
+        """Return float32 logits [R, vocab_end - vocab_start] of rows ``hidden`` [R, D] of the last stage: this rank's tokens, -inf for
+        padding.
+        """
+        return self._head.project(hidden)
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KvLayer]:
         """Return the cache of each layer."""
@@ -180,7 +231,8 @@ class LlamaModel(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, LlamaLayer)
             layer.pack()
-        self.head.pack(self.norm.fold(), keeps_rows=self.head is self.embedding)
+        if self.head is not None and self.norm is not None:
+            self.head.pack(self.norm.fold(), keeps_rows=self.head is self.embedding)
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Return the bytes that one block takes on this rank, over all its layers."""

@@ -5,7 +5,8 @@
 
 Hidden states are the same on all ranks of the axis, so each routes every token, computes what its own experts add to it, and one
 all-reduce sums the ranks' parts, the shared expert's among them: what a dense MLP costs in collectives. Experts stay whole; their
-number need not divide evenly, and a rank may have none.
+number need not divide evenly, and a rank may have none. Where all replicas share the experts, ``ExpertAxis`` has their tokens brought
+here first, and the parts back.
 
 T tokens, D model.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..mixture_config import MixtureConfig
 from ..model_config import ModelConfig
 from .communicator import Communicator
+from .expert_axis import ExpertAxis
 from .experts import Experts
 from .layers import ColumnParallelLinear, ColumnPart
 from .mlp import GatedMlp
@@ -25,12 +27,12 @@ from .routing import Router
 
 
 def build_mlp(
-    config: ModelConfig, layer: int, communicator: Communicator, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, layer: int, communicator: Communicator, axis: ExpertAxis, *, dtype: torch.dtype, device: torch.device
 ) -> GatedMlp | Mixture:
     """Return what a layer has behind its attention: a mixture where ``config`` says so, else an MLP."""
     prefix, size, mixture = f"model.layers.{layer}", config.hidden_size, config.mixture_of(layer)
     if mixture is not None:
-        return Mixture(f"{prefix}.{mixture.block_name}", mixture, size, communicator, dtype=dtype, device=device)
+        return Mixture(f"{prefix}.{mixture.block_name}", mixture, size, communicator, axis, dtype=dtype, device=device)
     return GatedMlp(f"{prefix}.mlp", size, config.intermediate_size, communicator, bias=config.mlp_bias, dtype=dtype, device=device)
 
 
@@ -41,7 +43,8 @@ class Mixture(nn.Module):
         prefix: name of the mixture in the checkpoint.
         mixture: of the model.
         in_size: D.
-        communicator: the axis that the experts and the shared expert are spread over.
+        communicator: the tensor-parallel axis, over which the shared expert is spread.
+        axis: that of the experts.
         dtype: of the experts' weights.
         device: where they live.
     """
@@ -52,20 +55,25 @@ class Mixture(nn.Module):
         mixture: MixtureConfig,
         in_size: int,
         communicator: Communicator,
+        axis: ExpertAxis,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.communicator = communicator
+        self.axis = axis
         self.router = Router(f"{prefix}.gate", mixture, in_size, device=device)
-        self.experts = Experts(prefix, mixture, in_size, communicator, dtype=dtype, device=device)
+        self.experts = Experts(prefix, mixture, in_size, axis, dtype=dtype, device=device)
         self.shared = SharedExpert(prefix, mixture, in_size, communicator, dtype=dtype, device=device) if mixture.shared_size else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer adds to tokens ``x`` [T, D], summed over the ranks."""
-        weights, choices = self.router.forward(x)
-        out = self.experts.forward(x, weights, choices)
+        """Return what the layer adds to tokens ``x`` [T, D], summed over the ranks; T is 0 only where replicas share the experts."""
+        every = self.axis.gather(x)
+        weights, choices = self.router.forward(every)
+        out = self.axis.scatter(self.experts.forward(every, weights, choices))
+        if not len(x):
+            return out
         if self.shared is not None:
             out.add_(self.shared.forward(x))
         return self.communicator.all_reduce(out) if self.communicator.size > 1 else out

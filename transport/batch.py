@@ -9,10 +9,12 @@ knows nothing of requests. Little endian, no padding:
     chunk               u16 slot * n_chunk, u32 num_tokens * n_chunk
     block               u16 slot * n_block, u32 block * n_block
     decode              u16 slot * n_decode         absent with the flag SAME_DECODE
+    decode tokens       i32 token * n_decode        with the flag DECODE_TOKENS only
     adds                msgpack: a list of one list a sequence, in the order of ``SlotAdd``'s fields
 
 Order of application: delete, add, block, then the rows are the chunks in order followed by the decode slots in order.
-A row is sampled when it reaches the end of the tokens known for its slot; each rank appends the sampled token itself.
+A row is sampled when it reaches the end of the tokens known for its slot; each rank appends the sampled token itself. Where only the
+last stage of a pipeline samples, nobody does: each decode slot comes with its newest token, which is appended before the rows are chosen.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ I32Array = npt.NDArray[np.int32]
 
 FIXED = struct.Struct("<BBHHHII")
 SAME_DECODE = 1
+DECODE_TOKENS = 2
 MAX_SLOT = (1 << 16) - 1
 _SAME_BATCH_BYTES = FIXED.pack(SAME_DECODE, 0, 0, 0, 0, 0, 0)
-_U16, _U32 = np.dtype("<u2"), np.dtype("<u4")
+_U16, _U32, _I32 = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<i4")
 _NO_U16: U16Array = np.empty(0, np.uint16)
 _NO_U32: U32Array = np.empty(0, np.uint32)
 
@@ -87,6 +90,7 @@ class BatchStep:
         chunk_slots, chunk_tokens: uint16 [c], uint32 [c]; prompt parts to compute, with their token counts.
         decode_slots: uint16 [d], one token each; None stands for the same slots in the same order as in
             the step before; before the first step there were none.
+        decode_tokens: int32 [d], the newest token of each of ``decode_slots``; None where ranks know what was sampled.
     """
 
     deletes: Sequence[int] = ()
@@ -96,6 +100,7 @@ class BatchStep:
     chunk_slots: U16Array = field(default_factory=lambda: _NO_U16)
     chunk_tokens: U32Array = field(default_factory=lambda: _NO_U32)
     decode_slots: U16Array | None = None
+    decode_tokens: I32Array | None = None
 
 
 SAME_BATCH = BatchStep()
@@ -113,7 +118,7 @@ def encode_batch_step(step: BatchStep) -> bytes:
     decode = step.decode_slots
     adds = msgpack.packb([_add_to_list(add) for add in step.adds]) if step.adds else b""
     fixed = FIXED.pack(
-        SAME_DECODE if decode is None else 0,
+        SAME_DECODE if decode is None else 0 if step.decode_tokens is None else DECODE_TOKENS,
         0,
         len(step.deletes),
         len(step.chunk_slots),
@@ -130,6 +135,8 @@ def encode_batch_step(step: BatchStep) -> bytes:
         parts += (step.block_slots.astype("<u2", copy=False).tobytes(), step.block_ids.astype("<u4", copy=False).tobytes())
     if decode is not None:
         parts.append(decode.astype("<u2", copy=False).tobytes())
+        if step.decode_tokens is not None:
+            parts.append(step.decode_tokens.astype("<i4", copy=False).tobytes())
     if adds:
         parts.append(adds)
     return b"".join(parts)
@@ -148,11 +155,12 @@ def decode_batch_step(data: bytes | memoryview) -> BatchStep:
     if len(data) < FIXED.size:
         raise BadFrameError(f"a batch step has {len(data)} B; its fixed part alone has {FIXED.size}")
     flags, reserved, n_delete, n_chunk, n_decode, n_block, adds_bytes = FIXED.unpack_from(data)
-    if flags & ~SAME_DECODE or reserved or (flags and n_decode):
+    if flags not in (0, SAME_DECODE, DECODE_TOKENS) or reserved or (flags & SAME_DECODE and n_decode):
         raise BadFrameError(
             f"a batch step has flags {flags:#x}, reserved byte {reserved} and {n_decode} decode slots, which no sender writes"
         )
-    wanted = FIXED.size + 2 * n_delete + 6 * n_chunk + 6 * n_block + 2 * n_decode + adds_bytes
+    has_tokens = flags == DECODE_TOKENS
+    wanted = FIXED.size + 2 * n_delete + 6 * n_chunk + 6 * n_block + (6 if has_tokens else 2) * n_decode + adds_bytes
     if wanted != len(data):
         raise BadFrameError(f"a batch step has {len(data)} B where its counts ask for {wanted}")
     at = FIXED.size
@@ -162,8 +170,9 @@ def decode_batch_step(data: bytes | memoryview) -> BatchStep:
     chunk_slots, chunk_tokens, at = _pairs(data, n_chunk, at)
     block_slots, block_ids, at = _pairs(data, n_block, at)
     decode = None if flags & SAME_DECODE else np.frombuffer(data, _U16, n_decode, at)
+    tokens = np.frombuffer(data, _I32, n_decode, at + 2 * n_decode) if has_tokens else None
     adds = _adds_from_bytes(data[len(data) - adds_bytes :]) if adds_bytes else ()
-    return BatchStep(deletes, adds, block_slots, block_ids, chunk_slots, chunk_tokens, decode)
+    return BatchStep(deletes, adds, block_slots, block_ids, chunk_slots, chunk_tokens, decode, tokens)
 
 
 def _pairs(data: bytes | memoryview, count: int, at: int) -> tuple[U16Array, U32Array, int]:

@@ -118,6 +118,8 @@ class BatchState:
         if step.decode_slots is not None:
             self._decode_slots = step.decode_slots.astype(np.int64)
             self._one_each = np.ones(len(self._decode_slots), np.int64)
+            if step.decode_tokens is not None:
+                self._take_tokens(self._decode_slots, step.decode_tokens)
         elif not (step.deletes or step.adds or len(step.chunk_slots)):
             return self._repeat_decodes()
         return self._select_rows(step.chunk_slots.astype(np.int64), step.chunk_tokens.astype(np.int64), self._decode_slots)
@@ -138,6 +140,19 @@ class BatchState:
             raise InternalError(f"slot {slot} holds {places.max()} tokens; there is no room for the one that it sampled")
         self.tokens[slots, places] = tokens
         self.num_tokens[slots] = places + 1
+
+    def _take_tokens(self, slots: I64Array, tokens: I32Array) -> None:
+        """Append the newest token of each decode slot, which another stage has sampled."""
+        self._check_slots("token for", slots)
+        if len(np.unique(slots)) < len(slots) or not self.is_live[slots].all():
+            raise InternalError(f"tokens for the slots {slots.tolist()}, of which one is named twice or held by no sequence")
+        is_behind = self.num_computed[slots] < self.num_tokens[slots]
+        if is_behind.any():
+            slot = slots[is_behind.argmax()]
+            raise InternalError(
+                f"a token for slot {slot}, of which {self.num_computed[slot]} of {self.num_tokens[slot]} known tokens are computed"
+            )
+        self.append_sampled(slots, tokens)
 
     def _delete(self, slots: Sequence[int]) -> None:
         for slot in slots:

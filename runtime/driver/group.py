@@ -24,6 +24,7 @@ from ...errors import (
     InternalError,
     ProtocolError,
     ReadyTimeoutError,
+    TopologyError,
     WorkerError,
     WorkerStalledError,
     ZspmdError,
@@ -71,7 +72,12 @@ class WorkerGroup:
         )
         self._overdue = OverdueReplies(self._processes.dump_stacks, self._reports, self._give_up)
         self._stream = (StepStream if config.tracer is None else config.tracer.step_stream)(
-            self._processes, window=config.window, num_ranks=self.world_size, on_overdue=self._overdue.add, call_error=self._call_error
+            self._processes,
+            window=config.window,
+            num_ranks=self.world_size,
+            output_ranks=config.output_ranks,
+            on_overdue=self._overdue.add,
+            call_error=self._call_error,
         )
         self._reports.step_of = self._stream.step_of
         self._watch = RankWatch(
@@ -182,20 +188,24 @@ class WorkerGroup:
             await self._wait_for_room()
         return await self._stream.ask(StepKind.STEP, inputs, self.config.output_ranks, limit)
 
-    async def submit(self, inputs: Any, *, timeout_s: float | None = None) -> PendingReply:
+    async def submit(self, inputs: Any, *, ranks: Sequence[int] | None = None, timeout_s: float | None = None) -> PendingReply:
         """Publish one step as soon as the window has room, and return at once; await the result for the answers.
+
+        With ``ranks``, some of the output ranks, it waits for the answers of these alone; what the others answer is dropped.
 
         Arrays of 256 KiB and more are sent from where they lie, and the answer then waits until every rank has done with them: leave them
         unchanged until it is there, or after an error until the group is closed. Smaller ones are the caller's at once.
 
         Raises:
             BackpressureError: no room within ``deadlines.step_s``; names the ranks that are behind. Nothing was sent.
+            TopologyError: a rank that is no output rank.
             Otherwise as ``step``, whose ``timeout_s`` this is.
         """
         limit = self._limit(timeout_s)
+        asked = self.config.output_ranks if ranks is None else self._check_output_ranks(ranks)
         if not self._may_ask():
             await self._wait_for_room()
-        return self._stream.ask(StepKind.STEP, inputs, self.config.output_ranks, limit)
+        return self._stream.ask(StepKind.STEP, inputs, asked, limit)
 
     async def call(
         self, method: str, /, *args: Any, ranks: Sequence[int] | None = None, timeout_s: float | None = None, **kwargs: Any
@@ -328,6 +338,12 @@ class WorkerGroup:
         if fault is not None and self.config.recorder is not None:
             self.config.recorder.failed(fault)
         return fault
+
+    def _check_output_ranks(self, ranks: Sequence[int]) -> Sequence[int]:
+        for rank in ranks:
+            if rank not in self.config.output_ranks:
+                raise TopologyError(f"ranks has {rank!r}, which does not answer steps; the output ranks are {self.config.output_ranks}")
+        return ranks
 
     def _may_ask(self) -> bool:
         """Whether ``_wait_for_room`` would return at once."""

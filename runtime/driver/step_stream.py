@@ -33,6 +33,7 @@ class StepStream:
     """Publishes frames and takes what ranks answer to them; belongs to one event loop from ``open`` on.
 
     Args:
+        output_ranks: who answers steps.
         on_overdue: gets each step or call that is not answered in time, with the ranks that have not done it; it is to end in ``give_up``.
         call_error: returns the error of a call that raised on a rank.
     """
@@ -43,6 +44,7 @@ class StepStream:
         *,
         window: int,
         num_ranks: int,
+        output_ranks: Sequence[int],
         on_overdue: Callable[[PendingReply, Sequence[int]], None],
         call_error: Callable[[int, Failure], ZspmdError],
     ) -> None:
@@ -56,7 +58,9 @@ class StepStream:
         self.gate = WindowGate(self._window)
         """Where whoever wants to ask waits for room."""
         self._all_ranks = range(num_ranks)
+        self._output_ranks = output_ranks
         self._pending: dict[int, PendingReply] = {}
+        self._given_up: set[int] = set()  # frames in flight whose await ended before every awaited rank had answered
         self._num_steps = 0
         self._no_steps: deque[int] = deque()  # of the frames in flight, and some before them: calls and what is neither
         self._replayed: dict[int, tuple[int, int]] = {}  # by rank: the frame it missed last, and how many ticks there had been
@@ -127,6 +131,8 @@ class StepStream:
         for answer in self._uncounted:
             self._statistics.record(*answer)
         self._uncounted.clear()
+        if self._given_up:
+            self._given_up = {seq for seq in self._given_up if seq >= self._window.oldest}
 
     def _count(self, kind: StepKind) -> int | None:
         """Count a step, and return its id, or a call."""
@@ -169,7 +175,7 @@ class StepStream:
             pending = self._pending.get(seq)
             if pending is not None:
                 return self._take_answer(pending, frame, value)
-            self._statistics.late_answers += 1
+            self._statistics.late_answers += seq in self._given_up
         elif kind is _ACK:
             pending = self._pending.get(seq)
             return pending is not None and rank in pending.awaited and self._take_answer(pending, frame, None)
@@ -178,6 +184,7 @@ class StepStream:
             if pending is None:
                 self._statistics.late_answers += 1
             else:
+                self._given_up.add(seq)
                 pending.fail(self._call_error(rank, read_failure(frame)))
         return False
 
@@ -204,6 +211,7 @@ class StepStream:
         """Wait no longer for the answers to a step or call: its await raises ``error``, unless they have come by now."""
         if self._pending.get(pending.seq) is pending:
             del self._pending[pending.seq]
+            self._given_up.add(pending.seq)
             pending.fail(error)
 
     def fail(self, error: ZspmdError) -> None:
@@ -219,9 +227,11 @@ class StepStream:
         self._deadlines.close()
 
     def _take_answer(self, pending: PendingReply, frame: ResultFrame, value: Any) -> bool:
-        if (frame.rank in pending.ranks) is (frame.kind is _ACK):
-            raise ProtocolError(f"an {frame.kind.name}; the ranks that answer are {', '.join(map(str, pending.ranks))}")
-        if not pending.answer(frame.rank, value):
+        rank = frame.rank
+        answering = pending.ranks if pending.step_id is None else self._output_ranks
+        if (rank in answering) is (frame.kind is _ACK):
+            raise ProtocolError(f"an {frame.kind.name}; the ranks that answer are {', '.join(map(str, answering))}")
+        if rank not in pending.awaited or not pending.answer(rank, value):
             return False
         del self._pending[frame.seq]
         self._uncounted.append((pending.asked_ns, pending.published_ns, frame.received_ns, frame.busy_us, time.monotonic_ns()))

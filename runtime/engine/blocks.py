@@ -96,6 +96,10 @@ class BlockPool:
                 else:
                     self._cached_free[block] = None
 
+    def count_prefix(self, digests: Sequence[bytes]) -> int:
+        """Return how many blocks ``match_prefix`` would find; takes none."""
+        return next((count for count, digest in enumerate(digests) if digest not in self._by_digest), len(digests))
+
     def match_prefix(self, digests: Sequence[bytes]) -> list[int]:
         """Take a reference on the blocks of the longest known beginning of a chain, and return them in order."""
         blocks = []

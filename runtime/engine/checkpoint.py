@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...config import EngineConfig, ParallelConfig
-from ...errors import ConfigError, TopologyError
-from ...model_config import ModelConfig, check_checkpoint, check_tensor_parallel, read_model_config
+from ...errors import ConfigError
+from ...model_config import ModelConfig, check_checkpoint, check_expert_parallel, check_tensor_parallel, read_model_config
+from ...topology import stage_layers
 from .tokenizer import Tokenizer
 
 DEMO_MODEL = Path(__file__).parents[2] / "models" / "demo"
@@ -40,10 +41,9 @@ def open_checkpoint(path: str | Path, parallel: ParallelConfig, config: EngineCo
     """
     directory = DEMO_MODEL if str(path) == "demo" else Path(path).expanduser().resolve()
     model = read_model_config(directory)
-    for axis in ("pp", "dp", "ep"):
-        if getattr(parallel, axis) != 1:
-            raise TopologyError(f"{axis} is {getattr(parallel, axis)}; the engine splits models over tp only: set {axis} to 1")
+    check_expert_parallel(model, parallel)
     check_tensor_parallel(model, parallel.tp)
+    stage_layers(model.num_layers, parallel.pp, config.pp_partition)
     check_checkpoint(directory, model)
     limit = model.max_position_embeddings
     max_model_len = config.max_model_len or limit

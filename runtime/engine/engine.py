@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import Deadlines, EngineConfig, NodesConfig, ParallelConfig, RestartPolicy, SamplingParams, TraceConfig
 from ...errors import ClosedError, ConfigError, InternalError, LaunchError, RequestError, TransportError, WorkerError, ZspmdError
+from ...model_config import shares_experts
 from ...transport.batch import encode_batch_step
 from ...transport.trace_spans import NO_TRACE, Trace
 from ..driver.group import WorkerGroup
@@ -38,6 +39,7 @@ from .plan import ScheduledStep
 from .prompts import Prompt, encode_prompt
 from .ranks import EngineRanks
 from .recovery import Recovery
+from .replicas import Replicas
 from .scheduler import Scheduler
 from .start_times import Moment, StartTimes
 from .statistics import SchedulerStatistics
@@ -47,6 +49,7 @@ from .wakeup import Wakeup
 if TYPE_CHECKING:
     from ..launch.dial.dial_place import DialPlace
 
+_WINDOW_OF_REPLICAS = 256  # frames: by so many may one replica be ahead of another
 WORKER = "zspmd.workers.model_worker:ModelWorker"
 
 
@@ -55,7 +58,7 @@ class Engine:
 
     Args:
         model: a Hugging Face directory, or "demo" for the small model that ships with zspmd.
-        parallel: how the model is spread; the engine uses tp.
+        parallel: how the model is spread; the engine uses tp and pp.
         config: slots, blocks, budgets and dtype.
         launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record, trace, bind, hosts, nodes, launcher: as
             in ``zspmd.launch``. The trace goes on where workers are replaced.
@@ -95,6 +98,9 @@ class Engine:
             raise ConfigError(f"record is {str(record)!r} and restart is given, but a recording holds one launch: leave one of them out")
         self.config = config or EngineConfig()
         self.parallel = parallel or ParallelConfig()
+        tp, pp = self.parallel.tp, self.parallel.pp
+        self._leaders = [(replica * pp + pp - 1) * tp for replica in range(self.parallel.dp)]  # the first rank of each last stage samples
+        self._window = self.config.window if self.parallel.pp == 1 else max(self.config.window, self.parallel.pp + 1)
         self._model = model
         self._launch_options: dict[str, Any] = {
             "launch_id": launch_id,
@@ -115,7 +121,7 @@ class Engine:
         self._times: StartTimes | None = None
         self._streams: dict[str, RequestStream] = {}
         self._completions: dict[str, tuple[RequestStream, Completion]] = {}
-        self._in_flight: deque[tuple[ScheduledStep, PendingReply]] = deque()
+        self._in_flight: deque[tuple[list[ScheduledStep], PendingReply]] = deque()
         self._request_ids = itertools.count()
         self._wake = Wakeup()
         self._trace: Trace = NO_TRACE
@@ -165,9 +171,11 @@ class Engine:
                 "block_size": self.config.block_size,
                 "max_num_seqs": self.config.max_num_seqs,
                 "max_model_len": self._checkpoint.max_model_len,
+                "pp_partition": None if self.config.pp_partition is None else list(self.config.pp_partition),
                 "pack_weights": self.config.pack_weights,
             },
-            window=max(self.config.window, 2),
+            window=max(self._window, 2) if self.parallel.dp == 1 else _WINDOW_OF_REPLICAS,
+            output_ranks=self._leaders,
             preload=("torch", WORKER.partition(":")[0]),
             **self._launch_options,
         )
@@ -176,15 +184,26 @@ class Engine:
         num_blocks = await self._ranks.start(self.config, self._checkpoint.max_model_len)
         times.mark("KV pool made")
         await times.add_events(group.events())
-        self._scheduler = Scheduler(
-            self.config,
-            num_blocks=num_blocks,
-            max_model_len=self._checkpoint.max_model_len,
-            eos_token_ids=self._checkpoint.model.eos_token_ids,
-        )
+        self._scheduler = self._build_schedulers(num_blocks)
         if self._restart_policy is not None:
             self._recovery = Recovery(self._restart_policy, self._scheduler)
         self._task = asyncio.create_task(self._run(), name=f"zspmd-engine-{group.launch_id}")
+
+    def _build_schedulers(self, num_blocks: int) -> Replicas:
+        ages = itertools.count()
+        schedulers = [
+            Scheduler(
+                self.config,
+                num_blocks=num_blocks,
+                max_model_len=self._checkpoint.max_model_len,
+                eos_token_ids=self._checkpoint.model.eos_token_ids,
+                num_stages=self.parallel.pp,
+                replica=replica,
+                ages=ages,
+            )
+            for replica in range(self.parallel.dp)
+        ]
+        return Replicas(schedulers, self._window, is_lockstep=shares_experts(self._checkpoint.model, self.parallel))
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
@@ -306,18 +325,20 @@ class Engine:
             raise
 
     async def _turn(self) -> None:
-        """Take in the oldest answer if it is there, publish while there is room and work, then wait for an answer, a request or a fault."""
+        """Take in an answer if one is there, publish while there is room and work, then wait for an answer, a request or a fault."""
         in_flight = self._in_flight
-        if in_flight and in_flight[0][1].is_done:
-            published, pending = in_flight[0]
-            (answer,) = await pending  # a fault finds the step still there: it may be the one that ended the ranks
-            in_flight.popleft()
+        place = self._oldest_done()
+        if place is not None:
+            published, pending = in_flight[place]
+            answers = await pending  # a fault finds the steps still there: they may be the ones that ended the ranks
+            del in_flight[place]
             with self._trace.span("apply"):
-                self._take_in(published, answer)
-        while len(in_flight) < self.config.window and (step := self._schedule()) is not None:
-            await self._publish(step)
+                for step, answer in zip(published, answers, strict=True):
+                    self._take_in(step, answer)
+        while steps := self._schedule():
+            await self._publish(steps)
         if in_flight:
-            if in_flight[0][1].is_done:
+            if self._oldest_done() is not None:
                 return
         elif self._scheduler.has_work():
             raise InternalError(f"nothing can be scheduled although there is work: {self._scheduler.statistics()}")
@@ -325,18 +346,35 @@ class Engine:
             raise self.group.fault
         await self._wake.wait()
 
-    def _schedule(self) -> ScheduledStep | None:
+    def _oldest_done(self) -> int | None:
+        """Return the place of steps in flight whose answers are there: the oldest of their replica, since each answers in order."""
+        for place, (_, pending) in enumerate(self._in_flight):
+            if pending.is_done:
+                return place
+        return None
+
+    def _schedule(self) -> list[ScheduledStep]:
         if self._recovery is not None:
             self._recovery.advance(is_drained=not self._in_flight)
         with self._trace.span("schedule"):
             return self._scheduler.schedule()
 
-    async def _publish(self, step: ScheduledStep) -> None:
+    async def _publish(self, steps: list[ScheduledStep]) -> None:
         assert self._ranks is not None, "the loop runs only once it is started"
-        inputs = encode_batch_step(step.batch)
-        pending = await self._ranks.submit(inputs, (pending for _, pending in self._in_flight))
+        leaders = [self._leaders[step.replica] for step in steps]
+        pending = await self._ranks.submit(self._encode(steps), leaders, (pending for _, pending in self._in_flight))
         pending.add_done_callback(self._wake.set)
-        self._in_flight.append((step, pending))
+        self._in_flight.append((steps, pending))
+
+    def _encode(self, steps: Sequence[ScheduledStep]) -> bytes | list[list[Any]]:
+        """Return what is published: a step, or with several replicas the tokens that each computes and its step, None for none."""
+        if len(self._leaders) == 1:
+            return encode_batch_step(steps[0].batch)
+        num_tokens: list[Any] = [0] * len(self._leaders)
+        parts: list[Any] = [None] * len(self._leaders)
+        for step in steps:
+            num_tokens[step.replica], parts[step.replica] = step.num_tokens, encode_batch_step(step.batch)
+        return [num_tokens, parts]
 
     def _on_progress(self, rank: int, done: int, total: int, what: str) -> None:
         if self._times is not None:
@@ -370,7 +408,7 @@ class Engine:
         if self._recovery is None or self._ranks is None or isinstance(error, ClosedError):
             raise error
         is_inside = is_from_inside(error, self._ranks.group)
-        steps = [step for step, _ in self._in_flight]
+        steps = [step for published, _ in self._in_flight for step in published]
         self._in_flight.clear()
         while True:
             ruling = self._recovery.faulted(error, steps, is_from_inside=is_inside, now=time.monotonic())

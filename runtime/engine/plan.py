@@ -20,12 +20,14 @@ class ScheduledStep:
         sampled: the sequence of each row that is sampled, in row order: chunks, then decodes.
         unsampled: sequences of which the step computes a part of the prompt.
         num_tokens: tokens that the step computes.
+        replica: whose ranks compute it.
     """
 
     batch: BatchStep
     sampled: tuple[Sequence, ...]
     unsampled: tuple[Sequence, ...]
     num_tokens: int
+    replica: int = 0
 
 
 class Update(NamedTuple):
@@ -41,6 +43,7 @@ class StepPlan:
     """Rows and deltas of one step, collected in the order of the batch; ``budget`` is how many tokens it can still take."""
 
     budget: int
+    replica: int = 0
     adds: list[SlotAdd] = field(default_factory=list)
     block_slots: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
@@ -52,10 +55,10 @@ class StepPlan:
         self.block_slots.append(slot)
         self.block_ids.append(block)
 
-    def build(self, deletes: list[int], decode_slots: list[int] | None) -> ScheduledStep:
-        """Return the step; ``decode_slots`` None stands for those of the step before."""
+    def build(self, deletes: list[int], decode_slots: list[int] | None, *, has_tokens: bool = False) -> ScheduledStep:
+        """Return the step; ``decode_slots`` None stands for those of the step before. ``has_tokens``: ranks are told the newest tokens."""
         if decode_slots is None and not (self.chunks or self.adds or self.block_slots or deletes):
-            return ScheduledStep(SAME_BATCH, tuple(self.decodes), (), len(self.decodes))
+            return ScheduledStep(SAME_BATCH, tuple(self.decodes), (), len(self.decodes), self.replica)
         batch = BatchStep(
             deletes=tuple(deletes),
             adds=tuple(self.adds),
@@ -64,10 +67,11 @@ class StepPlan:
             chunk_slots=np.array([sequence.slot for sequence, _ in self.chunks], np.uint16),
             chunk_tokens=np.array([count for _, count in self.chunks], np.uint32),
             decode_slots=None if decode_slots is None else np.array(decode_slots, np.uint16),
+            decode_tokens=np.array([sequence.output_token_ids[-1] for sequence in self.decodes], np.int32) if has_tokens else None,
         )
         num_tokens = len(self.decodes) + sum(count for _, count in self.chunks)
         unsampled = tuple(sequence for sequence, _ in self.chunks if sequence not in self.chunk_samples)
-        return ScheduledStep(batch, (*self.chunk_samples, *self.decodes), unsampled, num_tokens)
+        return ScheduledStep(batch, (*self.chunk_samples, *self.decodes), unsampled, num_tokens, self.replica)
 
 
 def build_slot_add(sequence: Sequence, eos_token_ids: frozenset[int]) -> SlotAdd:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,14 +78,14 @@ class EngineRanks:
             await self.group.aclose(abort=True)
             raise
 
-    async def submit(self, inputs: Any, in_flight: Iterable[PendingReply]) -> PendingReply:
-        """Publish one step; raises as ``WorkerGroup.submit``.
+    async def submit(self, inputs: Any, leaders: Sequence[int], in_flight: Iterable[PendingReply]) -> PendingReply:
+        """Publish what the ranks ``leaders`` answer; raises as ``WorkerGroup.submit``.
 
         Where a rank hangs there may be no room first. The step before is then overdue as well, and its error, which says where everybody
         is, is the one that is raised.
         """
         try:
-            return await self.group.submit(inputs)
+            return await self.group.submit(inputs, ranks=leaders)
         except BackpressureError:
             for pending in in_flight:
                 await pending

@@ -20,8 +20,8 @@ from ...config import RestartPolicy
 from ...errors import InternalError, ZspmdError
 from .isolation import Isolation, Suspect, suspects_of
 from .plan import ScheduledStep
+from .replicas import Replicas
 from .restart_budget import CountedFault, RestartBudget
-from .scheduler import Scheduler
 
 
 class Ruling(NamedTuple):
@@ -56,10 +56,10 @@ class Recovery:
 
     Args:
         policy: how many faults are outlived.
-        scheduler: of the engine; it is reset for each restart.
+        scheduler: of the engine's replicas; it is reset for each restart.
     """
 
-    def __init__(self, policy: RestartPolicy, scheduler: Scheduler) -> None:
+    def __init__(self, policy: RestartPolicy, scheduler: Replicas) -> None:
         self.budget = RestartBudget(policy)
         self._scheduler = scheduler
         self._isolation: Isolation | None = None

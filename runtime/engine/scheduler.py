@@ -11,6 +11,9 @@ rank runs after those.
 
 The file passes 350 lines because all of it is one state machine, whose rules are easier to see in one place.
 
+With several pipeline stages a rank does not know the token that the last stage samples, so that a sequence decodes only once its token
+is back, and is in one step at most; each step takes its share of the sequences, so that every stage has a step to work on.
+
 At most one running sequence has prompt left to compute, the newest: nobody is admitted behind an unfinished prompt, since that
 has taken the rest of the step's budget.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -44,20 +47,35 @@ class Scheduler:
         num_blocks: blocks on each rank, block 0 (padding) included.
         max_model_len: prompt and output tokens of a sequence.
         eos_token_ids: the model's end-of-sequence tokens.
+        num_stages: stages of the pipeline.
+        replica: which of the data-parallel replicas this schedules for.
+        ages: numbers the sequences of all replicas in the order of their arrival; None where there is one replica.
 
     Raises:
         ConfigError: fewer than 2 blocks.
     """
 
-    def __init__(self, config: EngineConfig, *, num_blocks: int, max_model_len: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        num_stages: int = 1,
+        replica: int = 0,
+        ages: Iterator[int] | None = None,
+    ) -> None:
         self._config = config
+        self._replica = replica
+        self._num_stages = num_stages
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
         self._begin()
-        self._ages = itertools.count()
+        self._ages = itertools.count() if ages is None else ages
         self._totals: Counter[str] = Counter()
 
     def _begin(self) -> None:
@@ -73,6 +91,23 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that have not been applied."""
+        return len(self._in_flight)
+
+    def load(self) -> int:
+        """Return the tokens of all sequences that are unfinished here: what a newcomer has to share the ranks with."""
+        return sum(sequence.num_tokens for sequence in (*self._running.values(), *self._waiting))
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """Return how much of a sequence's beginning need not be computed here, as things are; takes no block."""
+        config = self._config
+        if not config.enable_prefix_cache:
+            return 0
+        reusable = sequence.block_digests(config.block_size)[: (sequence.num_tokens - 1) // config.block_size]
+        return self._pool.count_prefix(reusable) * config.block_size
 
     def has_work(self) -> bool:
         """Whether a sequence is unfinished or a step has not been applied."""
@@ -130,7 +165,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Decide the next step, which must be published; None if nothing can run until a step in flight has been applied."""
-        plan = StepPlan(self._config.max_num_batched_tokens)
+        plan = StepPlan(self._config.max_num_batched_tokens, self._replica)
         self._plan_decodes(plan)
         if self._prefilling is not None:
             self._plan_chunk(plan, self._prefilling)
@@ -141,8 +176,10 @@ class Scheduler:
             for sequence, _ in plan.chunks:
                 self._register_full_blocks(sequence)
         # the same sequences have the same slots: one that gave its slot back was in no decode until it had been a chunk again
-        is_same = plan.decodes == self._last_decodes
-        step = plan.build(self._deletes, None if is_same else [sequence.slot for sequence in plan.decodes])
+        has_tokens = self._num_stages > 1
+        is_same = plan.decodes == self._last_decodes and not has_tokens
+        decode_slots = None if is_same else [sequence.slot for sequence in plan.decodes]
+        step = plan.build(self._deletes, decode_slots, has_tokens=has_tokens)
         self._deletes.clear()
         self._last_decodes = plan.decodes
         self._in_flight.append(step)
@@ -242,10 +279,13 @@ class Scheduler:
     def _plan_decodes(self, plan: StepPlan) -> None:
         """One token for each running sequence past its prompt, while the tokens in flight leave it room to grow."""
         block_size, prefilling, decodes = self._config.block_size, self._prefilling, plan.decodes
+        has_stages, share = self._num_stages > 1, -(-len(self._running) // self._num_stages)
         for sequence in list(self._running.values()):
             if sequence.state is not _RUNNING:
                 break  # preempted by an older one just now, as are all that follow
             if sequence is prefilling or sequence.num_tokens >= sequence.max_num_tokens:
+                continue
+            if has_stages and (sequence.num_in_flight or len(decodes) == share):
                 continue
             if sequence.num_computed == len(sequence.blocks) * block_size and not self._grow(plan, sequence):
                 break

@@ -38,6 +38,7 @@ REQUESTS = [
     (PROMPTS[number // 8], zspmd.SamplingParams(**{"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": number, **KINDS[number % 8]}))
     for number in range(16)
 ]
+TP = zspmd.ParallelConfig(tp=2)
 MANY = zspmd.RestartPolicy(max_restarts=20, window_s=600.0)
 LONG = zspmd.SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 SHORT = zspmd.SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
@@ -46,11 +47,16 @@ WAIT_S = 60.0
 
 
 def build(
-    *, restart: zspmd.RestartPolicy | None = MANY, lines: list[str] | None = None, window: int = 2, **deadlines: float
+    *,
+    restart: zspmd.RestartPolicy | None = MANY,
+    lines: list[str] | None = None,
+    window: int = 2,
+    parallel: zspmd.ParallelConfig = TP,
+    **deadlines: float,
 ) -> zspmd.Engine:
     return zspmd.Engine(
         "demo",
-        parallel=zspmd.ParallelConfig(tp=2),
+        parallel=parallel,
         config=zspmd.EngineConfig(max_num_seqs=12, num_blocks=400, window=window),  # fewer slots than sequences, so that some wait
         devices="cpu",
         deadlines=zspmd.Deadlines(**{"beat_s": 0.2, "ready_s": 100.0, "step_s": 60.0, "drain_s": 1.0, "kill_s": 0.5, **deadlines}),
@@ -134,22 +140,25 @@ async def test_the_requests_are_of_every_kind(undisturbed: list[zspmd.RequestOut
 
 
 @pytest.mark.parametrize(
-    ("number", "num_kills"),
+    ("number", "num_kills", "parallel"),
     [
-        pytest.param(signal.SIGKILL, 1, id="SIGKILL"),
-        pytest.param(signal.SIGKILL, 12, id="SIGKILL, often", marks=pytest.mark.long),
-        pytest.param(signal.SIGSEGV, 6, id="SIGSEGV", marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, 1, TP, id="SIGKILL"),
+        pytest.param(signal.SIGKILL, 1, zspmd.ParallelConfig(pp=2), id="SIGKILL, a stage"),
+        pytest.param(signal.SIGKILL, 1, zspmd.ParallelConfig(dp=2), id="SIGKILL, a replica"),
+        pytest.param(signal.SIGKILL, 12, TP, id="SIGKILL, often", marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, 6, zspmd.ParallelConfig(pp=2, dp=2), id="SIGKILL, stages of replicas", marks=pytest.mark.long),
+        pytest.param(signal.SIGSEGV, 6, TP, id="SIGSEGV", marks=pytest.mark.long),
     ],
 )
 async def test_streams_go_on_where_they_stopped(
-    leak_check: LeakCheck, undisturbed: list[zspmd.RequestOutput], number: signal.Signals, num_kills: int
+    leak_check: LeakCheck, undisturbed: list[zspmd.RequestOutput], number: signal.Signals, num_kills: int, parallel: zspmd.ParallelConfig
 ) -> None:
     chance, lines = random.Random(number), list[str]()
-    async with build(lines=lines) as engine:
+    async with build(lines=lines, parallel=parallel) as engine:
         running = asyncio.create_task(run_all(engine))
         for turn in range(num_kills):
-            await wait_tokens(engine, chance.randrange(1, 200))
-            os.kill(pid_of(engine, chance.randrange(2)), number)
+            await wait_tokens(engine, chance.randrange(1, 800 // num_kills))  # of 1,000 in all, and some pass before they are counted
+            os.kill(pid_of(engine, chance.randrange(parallel.world_size)), number)
             await wait_restarts(engine, turn + 1)
         got = await running
         assert engine.statistics().num_restarts == num_kills

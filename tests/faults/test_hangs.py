@@ -184,9 +184,9 @@ async def test_an_engine_without_room_for_a_step_raises_why_the_one_before_hangs
     await group.start()
     ranks = EngineRanks(group, lambda: None)
     gate = str(tmp_path / "gate")
-    assert await (await ranks.submit({"path": gate, "ranks": [1]}, [])) == [0]
-    pending = await ranks.submit({"path": gate, "ranks": [0, 1]}, [])
+    assert await (await ranks.submit({"path": gate, "ranks": [1]}, [0], [])) == [0]
+    pending = await ranks.submit({"path": gate, "ranks": [0, 1]}, [0], [])
     with pytest.raises(WorkerStalledError) as caught:
-        await ranks.submit({"path": gate, "ranks": []}, [pending])
+        await ranks.submit({"path": gate, "ranks": []}, [0], [pending])
     assert sorted(caught.value.stacks) == [0, 1]
     await group.aclose(abort=True)

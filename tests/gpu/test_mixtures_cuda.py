@@ -7,6 +7,7 @@ import torch
 from support.threads import ThreadCommunicator, run_ranks
 
 from zspmd.mixture_config import MixtureConfig
+from zspmd.models.expert_axis import ExpertAxis
 from zspmd.models.group_products import build_group_product, has_grouped_product, multiply_one_by_one
 from zspmd.models.moe import Mixture
 
@@ -34,7 +35,7 @@ def test_a_mixture_is_that_of_a_cpu(size: int) -> None:
 
     def compute(device: torch.device) -> torch.Tensor:
         def run(communicator: ThreadCommunicator) -> torch.Tensor:
-            ours = Mixture("mlp", mixture, 64, communicator, dtype=torch.float32, device=device)
+            ours = Mixture("mlp", mixture, 64, communicator, ExpertAxis(communicator), dtype=torch.float32, device=device)
             generator = torch.Generator().manual_seed(0)
             for parameter in ours.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

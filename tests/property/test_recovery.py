@@ -16,6 +16,7 @@ from zspmd.config import EngineConfig, RestartPolicy, SamplingParams
 from zspmd.errors import WorkerExitedError
 from zspmd.runtime.engine.plan import ScheduledStep
 from zspmd.runtime.engine.recovery import Recovery, Ruling
+from zspmd.runtime.engine.replicas import Replicas
 from zspmd.runtime.engine.request import Sequence
 from zspmd.runtime.engine.scheduler import Scheduler
 from zspmd.transport.batch import BatchStep, decode_batch_step, encode_batch_step
@@ -99,7 +100,7 @@ class Simulation:
     def __post_init__(self) -> None:
         config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=8, block_size=BLOCK_SIZE)
         self.scheduler = Scheduler(config, num_blocks=40, max_model_len=MAX_MODEL_LEN, eos_token_ids=[1])
-        self.recovery = Recovery(self.policy, self.scheduler)
+        self.recovery = Recovery(self.policy, Replicas([self.scheduler], window=1))
         self.poison_at = {s.seed: r.poison_at for r in self.requests for s in r.sequences if r.poison_at is not None}
         self.ranks = FakeRanks(self.poison_at)
         self.pending: deque[tuple[ScheduledStep, list[int] | None]] = deque()

@@ -56,10 +56,14 @@ class Slot:
 
 @dataclass
 class SimulatedRank:
-    """Applies batch steps as ``transport/batch.py`` says. Each position of its KV cache holds the hash of the tokens up to there."""
+    """Applies batch steps as ``transport/batch.py`` says. Each position of its KV cache holds the hash of the tokens up to there.
+
+    With ``is_told`` it forgets what it samples, as the first stages of a pipeline never know it.
+    """
 
     config: EngineConfig
     num_blocks: int
+    is_told: bool = False
     slots: dict[int, Slot] = field(default_factory=dict)
     decode_slots: list[int] = field(default_factory=list)
     kv: dict[int, int] = field(default_factory=dict)
@@ -75,8 +79,12 @@ class SimulatedRank:
         for slot, block in zip(step.block_slots.tolist(), step.block_ids.tolist()):
             self.slots[slot].blocks.append(block)
         if step.decode_slots is not None:
-            assert step.decode_slots.tolist() != self.decode_slots, "equal decode slots were sent again"
+            assert self.is_told or step.decode_slots.tolist() != self.decode_slots, "equal decode slots were sent again"
             self.decode_slots = step.decode_slots.tolist()
+        assert (step.decode_tokens is not None) is self.is_told
+        if step.decode_tokens is not None:
+            for slot, token in zip(self.decode_slots, step.decode_tokens.tolist(), strict=True):
+                self.slots[slot].tokens.append(token)
         rows = list(zip(step.chunk_slots.tolist(), step.chunk_tokens.tolist())) + [(slot, 1) for slot in self.decode_slots]
         self.check_rows(rows)
         return [token for slot, count in rows for token in self.compute(self.slots[slot], count)]
@@ -103,8 +111,10 @@ class SimulatedRank:
             return []
         num_outputs = len(state.tokens) - state.add.num_prompt
         may_end = num_outputs >= state.add.min_tokens or EOS not in state.add.end_token_ids
-        state.tokens.append(next_token(state.tokens, state.add.seed, may_end))
-        return state.tokens[-1:]
+        token = next_token(state.tokens, state.add.seed, may_end)
+        if not self.is_told:
+            state.tokens.append(token)
+        return [token]
 
     def flat(self, state: Slot, position: int) -> int:
         block = state.blocks[position // self.config.block_size]
@@ -121,10 +131,13 @@ class Simulation:
     max_model_len: int
     window: int
     chance: random.Random
+    num_stages: int = 1
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len, eos_token_ids=[EOS])
-        self.rank = SimulatedRank(self.config, self.num_blocks)
+        self.scheduler = Scheduler(
+            self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len, eos_token_ids=[EOS], num_stages=self.num_stages
+        )
+        self.rank = SimulatedRank(self.config, self.num_blocks, is_told=self.num_stages > 1)
         self.pending: deque[tuple[ScheduledStep, list[int]]] = deque()
 
     def run(self, sequences: list[Sequence], abort_share: float) -> None:
@@ -142,14 +155,20 @@ class Simulation:
 
     def advance(self) -> None:
         """Publish a step or apply one; when nothing can be published, something in flight must be what it waits for."""
-        step = None
+        step, num_running = None, 0
         if len(self.pending) < self.window and self.chance.random() < 0.8:
+            num_running = self.scheduler.statistics().num_running
             step = self.scheduler.schedule()
             if step is None and not self.pending:
                 assert not self.scheduler.has_work(), "work is left, nothing is in flight and nothing can be scheduled"
         if step is not None:
             tokens = self.rank.run(decode_batch_step(encode_batch_step(step.batch)))
             assert len(tokens) == len(step.sampled)
+            if self.num_stages > 1:
+                on_their_way = [id(sequence) for published, _ in self.pending for sequence in published.sampled]
+                assert not set(map(id, step.sampled)) & set(on_their_way), "a sequence decodes before its last token is known"
+                assert step.batch.decode_slots is not None
+                assert len(step.batch.decode_slots) <= -(-num_running // self.num_stages), "another stage is left without its share"
             self.pending.append((step, tokens))
         elif self.pending:
             step, tokens = self.pending.popleft()
@@ -174,7 +193,7 @@ def simulations(draw: st.DrawFn) -> tuple[Simulation, list[Sequence], float]:
     fewest = -(-max_model_len // block_size) + 1
     num_blocks = draw(st.sampled_from([fewest, fewest + fewest // 2, 3 * fewest]))
     chance = random.Random(draw(st.integers(0, 1 << 32)))
-    simulation = Simulation(config, num_blocks, max_model_len, draw(st.integers(1, 3)), chance)
+    simulation = Simulation(config, num_blocks, max_model_len, draw(st.integers(1, 3)), chance, draw(st.sampled_from([1, 1, 2, 3])))
     beginnings = [[chance.randrange(2, VOCABULARY) for _ in range(12)] for _ in range(2)]
     sequences = []
     for number in range(draw(st.integers(1, 12))):
@@ -210,11 +229,11 @@ def test_every_sequence_gets_the_tokens_it_would_get_alone(case: tuple[Simulatio
     assert abort_share or statistics.num_generated_tokens == sum(len(sequence.output_token_ids) for sequence in sequences)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize(("window", "num_stages"), [(1, 1), (2, 1), (3, 1), (3, 2), (5, 4)])
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
-def test_a_small_pool_preempts_and_everyone_still_finishes(window: int, chunked: bool) -> None:
+def test_a_small_pool_preempts_and_everyone_still_finishes(window: int, num_stages: int, chunked: bool) -> None:
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, block_size=2, enable_chunked_prefill=chunked)
-    simulation = Simulation(config, num_blocks=18, max_model_len=32, window=window, chance=random.Random(7))
+    simulation = Simulation(config, num_blocks=18, max_model_len=32, window=window, chance=random.Random(7), num_stages=num_stages)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     sequences = [Sequence(f"s{i}", f"r{i}", np.arange(i, i + 8, dtype=np.int32), params, seed=i) for i in range(6)]
     simulation.run(sequences, abort_share=0.0)

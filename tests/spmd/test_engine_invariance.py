@@ -77,7 +77,7 @@ LAYOUTS = {
     ),
 }
 QUICK = ("whole-prompts-window-1", "everything-window-2")  # the rest do one part of the latter each
-TP_SIZES = (1, 2)
+RANKS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2))  # tp, pp, dp
 ALONE = (0, 3, 7, 18, 31)
 
 
@@ -119,8 +119,9 @@ def tokens_alone(checkpoint: Path) -> list[list[int]]:
     return asyncio.run(run())
 
 
-async def run_layout(directory: Path, layout: Layout, tp: int) -> Run:
-    async with build_engine(directory, tp=tp, block_size=BLOCK_SIZE, max_num_seqs=NUM_REQUESTS, **layout.config) as engine:
+async def run_layout(directory: Path, layout: Layout, ranks: tuple[int, int, int]) -> Run:
+    tp, pp, dp = ranks
+    async with build_engine(directory, tp=tp, pp=pp, dp=dp, block_size=BLOCK_SIZE, max_num_seqs=NUM_REQUESTS, **layout.config) as engine:
         rounds = [await complete_all(engine, REQUESTS.prompts, REQUESTS.params) for _ in range(layout.num_rounds)]
         statistics, num_steps = engine.statistics(), engine.group.statistics().steps
         alone = [(await complete(engine, REQUESTS.prompts[i], REQUESTS.params[i])).token_ids for i in ALONE]
@@ -128,12 +129,12 @@ async def run_layout(directory: Path, layout: Layout, tp: int) -> Run:
     return Run([[output.token_ids for output in outputs] for outputs in rounds], alone, statistics, num_steps)
 
 
-async def run_layouts(directory: Path, layout: Layout) -> dict[int, Run]:
-    return dict(zip(TP_SIZES, await asyncio.gather(*(run_layout(directory, layout, tp) for tp in TP_SIZES))))
+async def run_layouts(directory: Path, layout: Layout) -> dict[tuple[int, int, int], Run]:
+    return dict(zip(RANKS, await asyncio.gather(*(run_layout(directory, layout, ranks) for ranks in RANKS))))
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in QUICK else pytest.mark.long) for name in LAYOUTS])
-def runs(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Layout, dict[int, Run]]:
+def runs(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Layout, dict[tuple[int, int, int], Run]]:
     """Start the engines of a layout together: each spends most of its time importing torch on one core."""
     layout = LAYOUTS[request.param]
     return layout, asyncio.run(run_layouts(checkpoint, layout))
@@ -145,23 +146,25 @@ def test_the_requests_are_worth_comparing(tokens_alone: list[list[int]]) -> None
     assert set(REQUESTS.ways) == set(WAYS_TO_SAMPLE)
 
 
-@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
-def test_tokens_are_the_same_alone_and_among_31_others(runs: tuple[Layout, dict[int, Run]], tokens_alone: list[list[int]], tp: int) -> None:
-    run = runs[1][tp]
+@pytest.mark.parametrize("ranks", RANKS, ids=lambda ranks: "tp{} pp{} dp{}".format(*ranks))
+def test_tokens_are_the_same_alone_and_among_31_others(
+    runs: tuple[Layout, dict[tuple[int, int, int], Run]], tokens_alone: list[list[int]], ranks: tuple[int, int, int]
+) -> None:
+    run = runs[1][ranks]
     for tokens in run.rounds:
         different = [REQUESTS.ways[i] for i in range(NUM_REQUESTS) if tokens[i] != tokens_alone[i]]
         assert not different, f"{len(different)} of {NUM_REQUESTS} requests gave other tokens together: {different}"
     assert run.alone == [tokens_alone[i] for i in ALONE]
 
 
-@pytest.mark.parametrize("tp", TP_SIZES, ids=lambda tp: f"tp{tp}")
-def test_the_layout_did_what_it_is_for(runs: tuple[Layout, dict[int, Run]], tp: int) -> None:
-    layout, run = runs[0], runs[1][tp]
+@pytest.mark.parametrize("ranks", RANKS, ids=lambda ranks: "tp{} pp{} dp{}".format(*ranks))
+def test_the_layout_did_what_it_is_for(runs: tuple[Layout, dict[tuple[int, int, int], Run]], ranks: tuple[int, int, int]) -> None:
+    layout, run = runs[0], runs[1][ranks]
     assert (run.statistics.num_prefix_hits > 0) == layout.has_prefix_hits
     assert (run.statistics.num_preemptions > 0) == layout.has_preemptions
-    if layout.has_chunks or layout.has_preemptions:
+    if layout.has_chunks or layout.has_preemptions or ranks[1:] != (1, 1):  # stages and replicas share the requests
         assert run.num_steps > MAX_TOKENS
     else:
         assert run.num_steps == layout.num_rounds * MAX_TOKENS  # all prompts in one step
-    if layout.num_rounds == 2:  # all full blocks of the prompts, but for a last token that must be computed
+    if layout.num_rounds == 2 and ranks[2] == 1:  # all full blocks of the prompts, but for a last token that must be computed
         assert run.statistics.num_prefix_hits == sum((len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in REQUESTS.prompts)

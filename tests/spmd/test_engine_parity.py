@@ -1,4 +1,4 @@
-"""The engine against Transformers' generate: every family, tensor-parallel over 1, 2 and 4 processes, in float32.
+"""The engine against Transformers' generate: every family, over 1, 2 and 4 tensor-parallel processes and pipelines of them, in float32.
 
 The quick tests have some of it: the families' modules are compared with Transformers in ``tests/unit/models``.
 """
@@ -19,26 +19,40 @@ from support.engines import assert_idle, build_engine, complete_all
 
 import zspmd
 
-TP_SIZES = (1, 2, 4)
-QUICK = {
-    "llama": TP_SIZES,
-    "qwen3": TP_SIZES,
-    "mistral": (2,),
-    "qwen2": (2,),
-    "tied": (2,),
-    "mixtral": (1, 2),
-    "qwen2-moe": (1, 2),
-    "qwen3-moe": (1, 2),
-    "dots1": (1, 2),
-    "glm4-moe": (2,),
+Layout = tuple[int, int, int, int]  # tp, pp, dp, ep
+
+EVERY_TP: tuple[Layout, ...] = ((1, 1, 1, 1), (2, 1, 1, 1), (4, 1, 1, 1))
+EVERY_OTHER: tuple[Layout, ...] = ((1, 2, 1, 1), (2, 2, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (2, 1, 2, 1), (1, 2, 2, 1))
+EVERY_EP: tuple[Layout, ...] = (
+    *((2, 1, 1, ep) for ep in (1, 2)),
+    *((1, 1, 2, ep) for ep in (1, 2)),
+    *((2, 1, 2, ep) for ep in (1, 2, 4)),
+    *((2, 2, 1, ep) for ep in (1, 2)),
+)
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "dots1", "glm4-moe")
+QUICK: dict[str, tuple[Layout, ...]] = {
+    "llama": EVERY_TP,
+    "qwen3": EVERY_TP,
+    "mistral": ((2, 1, 1, 1), (1, 2, 1, 1)),
+    "qwen2": ((2, 1, 1, 1), (1, 1, 2, 1)),
+    "tied": ((2, 1, 1, 1), (1, 2, 1, 1)),
+    "mixtral": ((1, 1, 1, 1), (2, 1, 2, 4), (2, 2, 1, 2)),
+    "qwen2-moe": ((1, 1, 1, 1), (2, 1, 1, 1)),
+    "qwen3-moe": ((2, 1, 1, 2), (1, 2, 2, 2)),
+    "dots1": ((2, 1, 1, 1), (1, 1, 2, 2)),
+    "glm4-moe": ((2, 1, 1, 1), (1, 2, 1, 1)),
 }
 CASES = [
-    *(pytest.param((family, sizes), id=family) for family, sizes in QUICK.items()),
+    *(pytest.param((family, layouts, 2), id=family) for family, layouts in QUICK.items()),
+    pytest.param(("llama", ((1, 2, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1)), 5), id="llama of 5 layers in stages and replicas"),
+    pytest.param(("qwen3", ((1, 4, 1, 1), (1, 2, 2, 1)), 5), id="qwen3 of 5 layers in stages and replicas"),
     *(
-        pytest.param((family, TP_SIZES), id=f"{family}, every size", marks=pytest.mark.long)
+        pytest.param((family, EVERY_TP, 2), id=f"{family}, every size", marks=pytest.mark.long)
         for family in FAMILIES
-        if QUICK.get(family) != TP_SIZES
+        if QUICK.get(family) != EVERY_TP
     ),
+    *(pytest.param((family, EVERY_OTHER, 5), id=f"{family}, stages and replicas", marks=pytest.mark.long) for family in FAMILIES),
+    *(pytest.param((family, EVERY_EP, 3), id=f"{family}, experts", marks=pytest.mark.long) for family in MIXTURES),
 ]
 PROMPT_LENGTHS = (1, 2, 5, 11, 16, 17, 33, 60)
 MAX_TOKENS = 10
@@ -86,9 +100,12 @@ def ask_transformers(model: Any) -> Reference:
     return Reference(tokens, logprobs)
 
 
-async def ask_engine(directory: Path, tp: int) -> Run:
+async def ask_engine(directory: Path, layout: Layout) -> Run:
     """Prompts are computed anew for the second answer: without prefix reuse."""
-    async with build_engine(directory, tp=tp, max_num_seqs=len(PROMPTS), block_size=8, enable_prefix_cache=False) as engine:
+    tp, pp, dp, ep = layout
+    async with build_engine(
+        directory, tp=tp, pp=pp, dp=dp, ep=ep, max_num_seqs=len(PROMPTS), block_size=8, enable_prefix_cache=False
+    ) as engine:
         plain = await complete_all(engine, PROMPTS, zspmd.SamplingParams(max_tokens=MAX_TOKENS, temperature=0))
         params = zspmd.SamplingParams(max_tokens=MAX_TOKENS, temperature=0, logprobs=NUM_TOP)
         described = await complete_all(engine, PROMPTS, params)
@@ -96,34 +113,34 @@ async def ask_engine(directory: Path, tp: int) -> Run:
         return Run(plain, described)
 
 
-async def ask_engines(directory: Path, tp_sizes: tuple[int, ...]) -> dict[int, Run]:
-    return dict(zip(tp_sizes, await asyncio.gather(*(ask_engine(directory, tp) for tp in tp_sizes)), strict=True))
+async def ask_engines(directory: Path, layouts: tuple[Layout, ...]) -> dict[Layout, Run]:
+    return dict(zip(layouts, await asyncio.gather(*(ask_engine(directory, layout) for layout in layouts)), strict=True))
 
 
 @pytest.fixture(scope="module", params=CASES)
-def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, dict[int, Run]]:
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, dict[Layout, Run]]:
     """Start the engines of a family together: each spends most of its time importing torch on one core."""
-    family, tp_sizes = request.param
+    family, layouts, num_layers = request.param
     directory = tmp_path_factory.mktemp(family)
-    model = save_checkpoint(directory, family)
-    return ask_transformers(model), asyncio.run(ask_engines(directory, tp_sizes))
+    model = save_checkpoint(directory, family, num_hidden_layers=num_layers)
+    return ask_transformers(model), asyncio.run(ask_engines(directory, layouts))
 
 
-def test_greedy_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]]) -> None:
+def test_greedy_tokens_equal_transformers(answers: tuple[Reference, dict[Layout, Run]]) -> None:
     reference, runs = answers
-    for tp, run in runs.items():
-        assert [output.token_ids for output in run.plain] == reference.tokens, f"tp{tp}"
-        assert [output.token_ids for output in run.described] == reference.tokens, f"tp{tp}"
+    for layout, run in runs.items():
+        assert [output.token_ids for output in run.plain] == reference.tokens, "tp {}, pp {}, dp {}, ep {}".format(*layout)
+        assert [output.token_ids for output in run.described] == reference.tokens, "tp {}, pp {}, dp {}, ep {}".format(*layout)
 
 
-def described(answers: tuple[Reference, dict[int, Run]]) -> Iterator[tuple[zspmd.RequestOutput, torch.Tensor]]:
+def described(answers: tuple[Reference, dict[Layout, Run]]) -> Iterator[tuple[zspmd.RequestOutput, torch.Tensor]]:
     """Yield each answer that every engine gave, with the log-probabilities that it should have."""
     reference, runs = answers
     for run in runs.values():
         yield from zip(run.described, reference.logprobs, strict=True)
 
 
-def test_logprobs_of_the_first_step_equal_transformers(answers: tuple[Reference, dict[int, Run]]) -> None:
+def test_logprobs_of_the_first_step_equal_transformers(answers: tuple[Reference, dict[Layout, Run]]) -> None:
     for output, wanted in described(answers):
         assert output.outputs[0].logprobs is not None
         first = output.outputs[0].logprobs[0]
@@ -132,7 +149,7 @@ def test_logprobs_of_the_first_step_equal_transformers(answers: tuple[Reference,
         torch.testing.assert_close(top, wanted[0, list(first.top)], atol=ATOL, rtol=0)
 
 
-def test_logprobs_of_all_chosen_tokens_equal_transformers(answers: tuple[Reference, dict[int, Run]]) -> None:
+def test_logprobs_of_all_chosen_tokens_equal_transformers(answers: tuple[Reference, dict[Layout, Run]]) -> None:
     for output, wanted in described(answers):
         assert output.outputs[0].logprobs is not None
         assert [entry.token_id for entry in output.outputs[0].logprobs] == output.token_ids

@@ -43,6 +43,21 @@ async def test_the_output_ranks_answer_in_their_order(output_ranks: tuple[int, .
         assert [answer["rank"] for answer in await group.step(None)] == list(output_ranks)
 
 
+async def test_a_step_waits_for_the_ranks_that_it_names_and_for_no_other(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    async with launch("Gate", 3, output_ranks=(0, 2), window=8) as group:
+        slow = await group.submit({"ranks": [2], "path": str(gate)}, ranks=[2])
+        others = [await group.submit({"ranks": [], "path": ""}, ranks=(0,)) for _ in range(3)]
+        assert [await other for other in others] == [[0]] * 3
+        assert not slow.is_done
+        gate.touch()
+        assert await slow == [2]
+        with pytest.raises(TopologyError, match=r"ranks has 1, which does not answer steps; the output ranks are \(0, 2\)"):
+            await group.submit({"ranks": [], "path": ""}, ranks=[0, 1])
+        await wait_until(lambda: not group.statistics().in_flight)
+        assert group.statistics().late_answers == 0
+
+
 async def test_calls_take_arguments_and_ranks() -> None:
     async with launch("Echo", 3) as group:
         assert await group.call("add", 1, b=2) == [3, 3, 3]

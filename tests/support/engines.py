@@ -17,12 +17,20 @@ _is_hooked = False
 
 
 def build_engine(
-    directory: Path, *, tp: int = 1, devices: str | Sequence[str] = "cpu", launch_id: str | None = None, **config: Any
+    directory: Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    ep: int = 1,
+    devices: str | Sequence[str] = "cpu",
+    launch_id: str | None = None,
+    **config: Any,
 ) -> zspmd.Engine:
     """Return an engine, on CPUs whatever the machine has; ``config`` are fields of ``EngineConfig``."""
     return zspmd.Engine(
         directory,
-        parallel=zspmd.ParallelConfig(tp=tp),
+        parallel=zspmd.ParallelConfig(tp=tp, pp=pp, dp=dp, ep=ep),
         config=zspmd.EngineConfig(**config),
         launch_id=launch_id,
         devices=devices,

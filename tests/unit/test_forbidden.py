@@ -51,6 +51,7 @@ MAY_TELL_THE_TIME = {
 }
 # Where asserts stand for the type checker or an invariant of the code around them. Whatever reads bytes of others has none.
 MAY_ASSERT = {
+    "zspmd.models.llama": "what a stage is asked for is what it has",
     "zspmd.runtime.driver.faults": "what was seen of a rank fits its kind",
     "zspmd.runtime.driver.launch_site": "started only once prepared",
     "zspmd.runtime.driver.processes": "a rank that is welcomed has a connection",
@@ -58,6 +59,7 @@ MAY_ASSERT = {
     "zspmd.runtime.engine.blocks": "a full block has a digest",
     "zspmd.runtime.engine.engine": "its loop runs only once it is started",
     "zspmd.runtime.engine.scheduler": "one sequence alone fits",
+    "zspmd.runtime.engine.wakeup": "one task waits",
     "zspmd.runtime.launch.dial.byte_tunnel": "used only once open",
     "zspmd.runtime.launch.dial.dial": "libzmq tells where it has bound",
     "zspmd.runtime.launch.dial.dial_link": "one agent at a time",
@@ -67,6 +69,7 @@ MAY_ASSERT = {
     "zspmd.runtime.launch.nodes.assembly": "every node was examined before",
     "zspmd.runtime.launch.rank_starting": "used only while open",
     "zspmd.runtime.launch.supervisor": "used only once started",
+    "zspmd.runtime.programs.bench.start": "pipes that it has asked for itself",
     "zspmd.runtime.programs.generate": "a finished request has an output",
     "zspmd.workers.sampler": "shapes that this package computes itself",
     "zspmd.workers.zygote": "what the agent, the same program, sends",

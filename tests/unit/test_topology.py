@@ -6,7 +6,7 @@ import pytest
 
 from zspmd.config import ParallelConfig
 from zspmd.errors import TopologyError
-from zspmd.topology import AxisGroup, axis_group, axis_groups
+from zspmd.topology import AxisGroup, axis_group, axis_groups, stage_layers
 
 DOCUMENTED = ParallelConfig(dp=2, pp=2, tp=2, ep=4)
 
@@ -24,6 +24,31 @@ DOCUMENTED = ParallelConfig(dp=2, pp=2, tp=2, ep=4)
 )
 def test_the_documented_mesh(axis: str, groups: str) -> None:
     assert axis_groups(DOCUMENTED, axis) == [tuple(map(int, group)) for group in groups.split()]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_stages", "partition", "sizes"),
+    [(5, 2, None, [3, 2]), (4, 4, None, [1, 1, 1, 1]), (11, 4, None, [3, 3, 3, 2]), (5, 2, (1, 4), [1, 4]), (3, 1, None, [3])],
+)
+def test_the_layers_of_each_stage(num_layers: int, num_stages: int, partition: tuple[int, ...] | None, sizes: list[int]) -> None:
+    stages = stage_layers(num_layers, num_stages, partition)
+    assert [len(stage) for stage in stages] == sizes
+    assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "partition", "message"),
+    [
+        (6, None, "pp 6 is more than the 5 layers of the model; choose at most 5"),
+        (2, (5,), "partition 5 has 1 stages and 5 layers; it must give each of pp 2 stages one layer or more, 5 in all"),
+        (2, (2, 2), "has 2 stages and 4 layers"),
+        (2, (5, 0), "one layer or more"),
+        (3, (6, -2, 1), "one layer or more"),
+    ],
+)
+def test_layers_that_no_stages_can_share_are_refused(num_stages: int, partition: tuple[int, ...] | None, message: str) -> None:
+    with pytest.raises(TopologyError, match=message):
+        stage_layers(5, num_stages, partition)
 
 
 def test_the_group_of_a_rank_in_the_middle() -> None:

@@ -69,9 +69,21 @@ def test_demo_is_the_name_of_the_model_that_ships_with_the_package() -> None:
 @pytest.mark.parametrize(
     ("parallel", "config", "kind", "message"),
     [
-        pytest.param(ParallelConfig(pp=2), EngineConfig(), TopologyError, "pp is 2; .* set pp to 1", id="pp"),
-        pytest.param(ParallelConfig(dp=3), EngineConfig(), TopologyError, "dp is 3; .* set dp to 1", id="dp"),
-        pytest.param(ParallelConfig(tp=2, ep=2), EngineConfig(), TopologyError, "ep is 2; .* set ep to 1", id="ep"),
+        pytest.param(ParallelConfig(pp=2), EngineConfig(), TopologyError, "pp 2 is more than the 1 layers .* at most 1", id="pp"),
+        pytest.param(
+            ParallelConfig(pp=2),
+            EngineConfig(pp_partition=(1, 2)),
+            TopologyError,
+            "partition 1, 2 has 2 stages and 3 layers",
+            id="partition",
+        ),
+        pytest.param(
+            ParallelConfig(tp=2, ep=2),
+            EngineConfig(),
+            TopologyError,
+            "ep is 2, and the model has no experts: with tp 2 and dp 1 choose 1",
+            id="ep",
+        ),
         pytest.param(ParallelConfig(tp=3), EngineConfig(), TopologyError, "tp 3 .* choose one of 1, 2, 4", id="tp"),
         pytest.param(
             ParallelConfig(), EngineConfig(max_model_len=65), ConfigError, "max_model_len is 65; .* has 64 positions: lower it", id="length"

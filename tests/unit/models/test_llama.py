@@ -144,6 +144,7 @@ def test_vocabulary_spans_tile_the_padded_vocabulary(llama: Reference) -> None:
     @torch.inference_mode()
     def inspect(communicator: ThreadCommunicator) -> tuple[int, int, Tensor, Tensor]:
         model = load(llama, communicator)
+        assert model.embedding is not None
         rows = model.embedding.lookup(torch.arange(9))
         return model.vocab_start, model.vocab_end, model.compute_logits(torch.ones(1, llama.config.hidden_size)), rows
 

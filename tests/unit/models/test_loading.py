@@ -73,10 +73,11 @@ def test_ranks_have_slices_and_zero_padding(checkpoint: Path) -> None:
     """Rank 3 of 4: its rows of the vocabulary (509 padded to 512), its columns of a row-parallel linear."""
     config, stored = read_model_config(checkpoint), load_file(checkpoint / "model.safetensors")
     models = run_ranks(4, lambda communicator: LlamaModel(config, communicator, dtype=torch.float32, device=torch.device("cpu")))
-    torch.nn.init.ones_(models[3].head.weight)
+    head = models[3].get_parameter("head.weight")
+    torch.nn.init.ones_(head)
     load_weights(models[3], checkpoint, progress=lambda done, total: None)
-    assert torch.equal(models[3].head.weight[:125], stored["lm_head.weight"][384:])
-    assert not models[3].head.weight[125:].any()
+    assert torch.equal(head[:125], stored["lm_head.weight"][384:])
+    assert not head[125:].any()
     assert torch.equal(models[3].get_parameter("layers.0.mlp.down.weight"), stored["model.layers.0.mlp.down_proj.weight"][:, 72:])
 
 
@@ -91,7 +92,7 @@ def test_sharded_index_loads_alike(checkpoint: Path, tmp_path_factory: pytest.Te
 def test_half_precision_files_are_cast(tmp_path: Path, stored: torch.dtype) -> None:
     save_checkpoint(tmp_path, "llama", dtype=stored)
     wide, narrow = load(tmp_path), load(tmp_path, dtype=stored)
-    assert wide.norm.weight.dtype == torch.float32
+    assert wide.get_parameter("norm.weight").dtype == torch.float32
     for name, parameter in wide.named_parameters():
         assert torch.equal(parameter, narrow.get_parameter(name).float()), name
 

@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from zspmd.config_fields import Fields
 from zspmd.mixture_config import DOTS1, MIXTRAL, QWEN2_MOE, QWEN3_MOE, MixtureConfig, read_mixture
+from zspmd.models.expert_axis import ExpertAxis
 from zspmd.models.experts import Experts
 from zspmd.models.layers import ShardedModule
 from zspmd.models.moe import Mixture
@@ -84,7 +85,7 @@ def build(
     input_scale: Tensor | None = None,
 ) -> Mixture:
     """Return our mixture on one rank, its parameters filled from the block's tensors."""
-    ours = Mixture(f"{PREFIX}mlp", mixture, hidden, communicator, dtype=dtype, device=CPU)
+    ours = Mixture(f"{PREFIX}mlp", mixture, hidden, communicator, ExpertAxis(communicator), dtype=dtype, device=CPU)
     stored = {f"{PREFIX}mlp.{name}": tensor for name, tensor in block.state_dict().items()}
     for module in ours.modules():
         if isinstance(module, ShardedModule):
@@ -200,7 +201,7 @@ def test_a_rank_computes_only_the_rows_of_its_experts() -> None:
     seen: list[int] = []
 
     def compute(communicator: ThreadCommunicator) -> None:
-        ours = Experts(f"{PREFIX}mlp", mixture, HIDDEN, communicator, dtype=torch.float32, device=CPU)
+        ours = Experts(f"{PREFIX}mlp", mixture, HIDDEN, ExpertAxis(communicator), dtype=torch.float32, device=CPU)
         multiply = ours.multiply_gate_up
 
         def watch(rows: Tensor, ends: Tensor) -> Tensor:

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from zspmd.errors import BadFrameError
-from zspmd.transport.batch import FIXED, SAME_BATCH, SAME_DECODE, BatchStep, SlotAdd, decode_batch_step, encode_batch_step
+from zspmd.transport.batch import (
+    DECODE_TOKENS,
+    FIXED,
+    SAME_BATCH,
+    SAME_DECODE,
+    BatchStep,
+    SlotAdd,
+    decode_batch_step,
+    encode_batch_step,
+)
 
 ADD = SlotAdd(
     slot=65_535,
@@ -51,8 +60,16 @@ def plain(value: object) -> object:
 
 @pytest.mark.parametrize(
     "step",
-    [BatchStep(), BatchStep(decode_slots=np.empty(0, np.uint16)), FULL, replace(FULL, adds=()), replace(FULL, decode_slots=None)],
-    ids=["nothing", "no decodes", "everything", "no adds", "same decodes"],
+    [
+        BatchStep(),
+        BatchStep(decode_slots=np.empty(0, np.uint16)),
+        FULL,
+        replace(FULL, adds=()),
+        replace(FULL, decode_slots=None),
+        replace(FULL, decode_tokens=np.array([0, (1 << 31) - 1], np.int32)),
+        BatchStep(decode_slots=np.empty(0, np.uint16), decode_tokens=np.empty(0, np.int32)),
+    ],
+    ids=["nothing", "no decodes", "everything", "no adds", "same decodes", "with tokens", "no decodes, with tokens"],
 )
 def test_a_step_comes_back(step: BatchStep) -> None:
     data = encode_batch_step(step)
@@ -94,6 +111,8 @@ def add_with(**changes: object) -> bytes:
         (bytes(17), "has 17 B where its counts ask for 16"),
         (encode_batch_step(FULL)[:-1], "where its counts ask for"),
         (FIXED.pack(0, 0, 0, 0, 0, (1 << 32) - 1, 0), "where its counts ask for"),
+        (FIXED.pack(DECODE_TOKENS, 0, 0, 0, 1, 0, 0) + bytes(2), "has 18 B where its counts ask for 22"),
+        (FIXED.pack(DECODE_TOKENS | SAME_DECODE, 0, 0, 0, 0, 0, 0), "has flags 0x3"),
         (packed(b"\x93\x01"), "are no msgpack list"),
         (packed(b"\x80"), "are no msgpack list"),
         (packed(msgpack.packb([1])), "are no msgpack list"),
@@ -116,6 +135,8 @@ def add_with(**changes: object) -> bytes:
         "bytes left over",
         "cut",
         "huge count",
+        "cut tokens",
+        "tokens of the same decodes",
         "cut adds",
         "adds no list",
         "an add no list",

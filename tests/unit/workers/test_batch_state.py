@@ -59,6 +59,10 @@ def u16(*values: int) -> Any:
     return np.array(values, np.uint16)
 
 
+def i32(*values: int) -> Any:
+    return np.array(values, np.int32)
+
+
 def u32(*values: int) -> Any:
     return np.array(values, np.uint32)
 
@@ -103,6 +107,14 @@ CONTRADICTIONS: dict[str, tuple[BatchStep, type[Exception], str]] = {
     "decode-outside": (make_step(decode_slots=u16(4)), BadFrameError, "row for slot 4"),
     "decode-twice": (make_step(decode_slots=u16(0, 0)), InternalError, "slot 0 has 2 rows in one step"),
     "chunk-and-decode": (make_step(chunk_slots=u16(0), chunk_tokens=u32(1), decode_slots=u16(0)), InternalError, "slot 0 has 2 rows"),
+    "token-for-a-free-slot": (make_step(decode_slots=u16(2), decode_tokens=i32(7)), InternalError, r"tokens for the slots \[2\]"),
+    "token-outside": (make_step(decode_slots=u16(4), decode_tokens=i32(7)), BadFrameError, "token for slot 4"),
+    "token-twice": (make_step(decode_slots=u16(0, 0), decode_tokens=i32(7, 7)), InternalError, r"tokens for the slots \[0, 0\]"),
+    "token-too-soon": (
+        make_step(decode_slots=u16(0), decode_tokens=i32(7)),
+        InternalError,
+        "a token for slot 0, of which 0 of 5 known tokens are computed",
+    ),
     "same-decode-after-delete": (
         make_step(deletes=[0], decode_slots=None),
         InternalError,
@@ -138,6 +150,15 @@ def test_decode_needs_the_sampled_token() -> None:
         unsampled.apply(make_step(decode_slots=u16(0)))
     sampled = decoding_state(lambda state: state.append_sampled(np.array([0]), np.array([9], np.int32)))
     assert sampled.apply(make_step(decode_slots=u16(0))).starts.tolist() == [5]
+
+
+def test_a_told_token_is_one_that_a_rank_has_sampled() -> None:
+    told = decoding_state(lambda state: None)
+    sampled = decoding_state(lambda state: state.append_sampled(np.array([0]), i32(9)))
+    steps = make_step(decode_slots=u16(0), decode_tokens=i32(9)), make_step(decode_slots=u16(0))
+    assert told.apply(steps[0]).starts.tolist() == sampled.apply(steps[1]).starts.tolist() == [5]
+    assert told.tokens[0].tolist() == sampled.tokens[0].tolist()
+    assert told.num_tokens.tolist() == sampled.num_tokens.tolist()
 
 
 def test_full_slot_takes_no_further_token() -> None:

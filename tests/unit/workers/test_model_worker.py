@@ -12,9 +12,12 @@ import torch
 from support.checkpoints import save_checkpoint
 from support.threads import ThreadCommunicator, run_ranks
 
+from zspmd.config import ParallelConfig
 from zspmd.errors import BadFrameError, ConfigError, InternalError
+from zspmd.topology import AxisGroup, axis_group
 from zspmd.transport.batch import BatchStep, SlotAdd, encode_batch_step
 from zspmd.transport.trace_spans import NO_TRACE, Trace
+from zspmd.workers.communicators.solo import SoloCommunicator
 from zspmd.workers.model_worker import ModelWorker, choose_dtype
 from zspmd.workers.worker import find_rpc
 
@@ -24,11 +27,20 @@ NUM_NEW = 12
 TOKENS_A_CHUNK = 4
 
 
+class StandInMesh(dict[str, Any]):
+    """The communicators by axis."""
+
+    parallel = ParallelConfig()
+
+    def group(self, axis: str) -> AxisGroup:
+        return axis_group(ParallelConfig(), axis, 0)
+
+
 @dataclass
 class StandInContext:
     """What a model worker uses of ``WorkerContext``."""
 
-    mesh: dict[str, Any]
+    mesh: StandInMesh
     rank: int = 0
     device: str = "cpu"
     trace: Trace = NO_TRACE
@@ -46,7 +58,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 def make_worker(directory: Path, communicator: ThreadCommunicator, *, num_blocks: int | None = 32) -> ModelWorker:
     worker = ModelWorker()
-    worker.ctx = StandInContext({"tp": communicator}, communicator.rank)  # type: ignore[assignment]  # a stand-in
+    one_stage = SoloCommunicator(axis_group(ParallelConfig(), "pp", 0))
+    worker.ctx = StandInContext(StandInMesh(tp=communicator, pp=one_stage), communicator.rank)  # type: ignore[assignment]  # a stand-in
     worker.setup(model=str(directory), dtype="auto", block_size=BLOCK_SIZE, max_num_seqs=4, max_model_len=64)
     if num_blocks is not None:
         worker.allocate_kv_cache(num_blocks)
