@@ -120,7 +120,8 @@ def _start_peer(place: str | None, endpoints: list[str], key: str, *, is_silent:
         str(int(is_silent)),
         str(os.getpid() if place is None else 0),
     ]
-    return subprocess.Popen(argv if place is None else rsh_argv(*read_place(place), f"exec {shlex.join(argv)}"))
+    # ssh would read what this side is told
+    return subprocess.Popen(argv if place is None else rsh_argv(*read_place(place), f"exec {shlex.join(argv)}"), stdin=subprocess.DEVNULL)
 
 
 def _end_peers(peers: list[subprocess.Popen[bytes]]) -> None:
