@@ -58,7 +58,7 @@ class Engine:
 
     Args:
         model: a Hugging Face directory, or "demo" for the small model that ships with zspmd.
-        parallel: how the model is spread; the engine uses tp and pp.
+        parallel: how the model is spread; the engine uses tp, pp, dp and ep.
         config: slots, blocks, budgets and dtype.
         launch_id, devices, deadlines, log_dir, start_method, on_log, on_progress, record, trace, bind, hosts, nodes, launcher: as
             in ``zspmd.launch``. The trace goes on where workers are replaced.
@@ -253,6 +253,11 @@ class Engine:
         """Return when what happened from the start of this process to the first token; what has not happened yet is not there."""
         return () if self._times is None else self._times.moments()
 
+    def replica_statistics(self) -> list[SchedulerStatistics]:
+        """Return the counters of each data-parallel replica, of which ``statistics`` has the sums; raises ClosedError before ``start``."""
+        self._check_started()
+        return self._scheduler.replica_statistics()
+
     def validate(self) -> None:
         """Check the scheduler's invariants; raises InternalError where one is broken, ClosedError before ``start``."""
         self._check_started()
@@ -347,10 +352,13 @@ class Engine:
         await self._wake.wait()
 
     def _oldest_done(self) -> int | None:
-        """Return the place of steps in flight whose answers are there: the oldest of their replica, since each answers in order."""
-        for place, (_, pending) in enumerate(self._in_flight):
-            if pending.is_done:
+        """Return the place of steps in flight whose answers are there, and before which none of their replicas has others in flight."""
+        is_behind: set[int] = set()  # replicas with older steps that are not done: where several compute in lockstep, one may be late
+        for place, (steps, pending) in enumerate(self._in_flight):
+            replicas = [step.replica for step in steps]
+            if pending.is_done and is_behind.isdisjoint(replicas):
                 return place
+            is_behind.update(replicas)
         return None
 
     def _schedule(self) -> list[ScheduledStep]:

@@ -5,8 +5,9 @@
 
 Replicas of a dense model share nothing, so that none waits for another: each step is published by itself, and the ranks of the other
 replicas pass over it. Replicas that share experts compute in lockstep: what is published has a step of every replica that has work, and
-the others take part with no tokens. What a request costs a replica is what is before it there, and the part of its prompt that is not in
-the replica's cache.
+the others take part with no tokens. There nothing is published until every replica has room: replicas whose requests began at different
+times would take turns for ever otherwise, each idle in every other step. What a request costs a replica is what is before it there, and
+the part of its prompt that is not in the replica's cache.
 """
 
 from __future__ import annotations
@@ -67,16 +68,22 @@ class Replicas:
 
     def schedule(self) -> list[ScheduledStep]:
         """Decide what is published next: one step of the next replica that has room and work, or one of each; empty if none has."""
-        steps = []
+        if self._is_lockstep:
+            return self._schedule_together()
         for place in range(self._next, self._next + len(self._schedulers)):
             scheduler = self._schedulers[place % len(self._schedulers)]
             step = scheduler.schedule() if scheduler.num_in_flight < self._window else None
             if step is not None:
-                steps.append(step)
-                if not self._is_lockstep:
-                    self._next = (step.replica + 1) % len(self._schedulers)
-                    break
-        return steps
+                self._next = (step.replica + 1) % len(self._schedulers)
+                return [step]
+        return []
+
+    def _schedule_together(self) -> list[ScheduledStep]:
+        """Return a step of each replica that has work, once all have room."""
+        if any(scheduler.num_in_flight >= self._window for scheduler in self._schedulers):
+            return []
+        steps = [scheduler.schedule() for scheduler in self._schedulers]
+        return [step for step in steps if step is not None]
 
     def apply(self, step: ScheduledStep, token_ids: SequenceOf[int] | npt.NDArray[np.integer]) -> list[Update]:
         """As ``Scheduler.apply``: the steps of one replica come back in their order."""

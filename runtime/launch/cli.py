@@ -6,6 +6,9 @@ the modules of ``runtime/programs``, which offer
     add_arguments(parser)             their own arguments
     prepare(arguments, options)       check them before anything starts, and return the model or worker as text for ``--dry-run``
     run(arguments, options)           read what is to be read, and return a coroutine whose result is the exit code
+    share_out(described, arguments, options)
+                                      optional: what each rank will hold, a row of names and values each, for ``--dry-run``; ``described``
+                                      is what ``prepare`` has returned
     USES                              what they have a use for: "hosts" (ranks on other nodes), "calls" (of nodes that call in), "logs"
                                       (log files without being asked), "trace" (a timeline of their steps)
 
@@ -27,7 +30,7 @@ import pkgutil
 import shlex
 import signal
 import sys
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -99,8 +102,10 @@ def _main_program(arguments: argparse.Namespace) -> int:
     described = program.prepare(program_arguments, options)
     _say(options, options.notes)
     if arguments.dry_run:
-        text = describe_program(options, name, described, getattr(program_arguments, "bind", None))
-        _print_plan(arguments, options, f"{name}: {described}", text)
+        share_out = getattr(program, "share_out", None)
+        shares = [] if share_out is None else share_out(described, program_arguments, options)
+        text = describe_program(options, name, described, getattr(program_arguments, "bind", None), shares)
+        _print_plan(arguments, options, f"{name}: {described}", text, shares)
         return 0
     if options.dial is not None and not options.dial.is_driver:
         return _main_node(options.dial)
@@ -156,8 +161,14 @@ def _logs_kept(options: OptionsT, *, is_wanted: bool) -> Iterator[OptionsT]:
         yield replace(options, log_dir=path, launcher_log=directory.launcher_log, report=options.report or os.path.join(path, _REPORT_NAME))
 
 
-def _print_plan(arguments: argparse.Namespace, options: LaunchOptions | ScriptOptions, command: str, text: str) -> None:
-    print(json.dumps(plan_facts(dry_plan(options), options, command), indent=2) if arguments.json else text)
+def _print_plan(
+    arguments: argparse.Namespace,
+    options: LaunchOptions | ScriptOptions,
+    command: str,
+    text: str,
+    shares: Sequence[Mapping[str, object]] = (),
+) -> None:
+    print(json.dumps(plan_facts(dry_plan(options), options, command, shares), indent=2) if arguments.json else text)
 
 
 def _say(options: LaunchOptions | ScriptOptions, notes: Sequence[str]) -> None:

@@ -9,14 +9,17 @@ import json
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import DTYPES, Deadlines, EngineConfig, RestartPolicy, SamplingParams
 from ...errors import ConfigError, RequestError, ZspmdError
+from ...model_config import read_model_config
 from ...transport.security import check_bind_address
 from ..engine.checkpoint import open_checkpoint
 from ..engine.engine import Engine
 from ..engine.outputs import RequestOutput
+from ..engine.rank_shares import choose_dtype_name, share_model
 from ..engine.start_times import describe_moments
 from ..launch.command.console import RankConsole
 from ..launch.command.rank_prefixes import rank_hosts
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-model-len", type=int, metavar="N", help="tokens of prompt and output (the model's)")
     engine.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="prompts that run at once (64)")
     engine.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV pool (from free memory)")
+    engine.add_argument("--pp-partition", metavar="N,N", help="layers of each stage of --pp, such as 3,2 (equal)")
     engine.add_argument("--bind", metavar="ADDR", help="an IP address of this host: ranks connect to it by TCP, with CURVE (no TCP)")
     engine.add_argument("--max-restarts", type=int, default=3, metavar="N", help="replace failed workers N times a minute at most (3)")
 
@@ -65,6 +69,15 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
         if not prompt:
             raise RequestError("a prompt is empty; give at least one character")
     return str(checkpoint.directory)
+
+
+def share_out(directory: str, arguments: argparse.Namespace, options: LaunchOptions) -> list[dict[str, Any]]:
+    """Return what each rank will hold of the model in ``directory``, for ``--dry-run``: names and values of one row a rank."""
+    model = read_model_config(Path(directory))
+    spec = options.device_spec if options.device_spec in ("cpu", "cuda") else None  # "auto" is for other nodes to say
+    devices = options.devices or [spec] * options.parallel.world_size
+    dtypes = [choose_dtype_name(arguments.dtype, model.dtype, device) for device in devices]
+    return [share.to_row() for share in share_model(model, options.parallel, _pp_partition(arguments), dtypes)]
 
 
 def run(arguments: argparse.Namespace, options: LaunchOptions) -> Coroutine[Any, Any, int]:
@@ -217,7 +230,18 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         max_model_len=arguments.max_model_len,
         num_blocks=arguments.num_blocks,
         dtype=arguments.dtype,
+        pp_partition=_pp_partition(arguments),
     )
+
+
+def _pp_partition(arguments: argparse.Namespace) -> tuple[int, ...] | None:
+    text = arguments.pp_partition
+    if text is None:
+        return None
+    try:
+        return tuple(int(count) for count in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--pp-partition is {text!r}; give the number of layers of each stage, such as 3,2") from None
 
 
 def _as_json(prompt: str, output: RequestOutput) -> dict[str, Any]:

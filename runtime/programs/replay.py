@@ -10,7 +10,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Collection, Coroutine, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TopologyError, WorkerRaisedError, ZspmdError
@@ -182,8 +182,10 @@ def _report(recording: Recording, replayed: ReplayedGroup) -> list[str]:
 
 def _check_options(launch: RecordedLaunch, options: LaunchOptions) -> None:
     """Refuse what the command line says otherwise than the recording, whose launch it is."""
-    recorded = {"num-ranks": launch.parallel.world_size, "tp": launch.tp, "devices": ",".join(launch.devices)}
-    asked = {"num-ranks": options.parallel.world_size, "tp": options.parallel.tp, "devices": ",".join(options.devices)}
+    recorded, asked = (
+        {"num-ranks": parallel.world_size, **asdict(parallel), "devices": ",".join(devices)}
+        for parallel, devices in ((launch.parallel, launch.devices), (options.parallel, options.devices))
+    )
     for name, value in recorded.items():
         if name in options.given and asked[name] != value:
             raise TopologyError(f"--{name} is {asked[name]}, the recording has {value}; leave it out, the recording decides")

@@ -157,10 +157,16 @@ async def test_bad_options_are_named_before_anything_starts(
     await assert_refused(build_engine(checkpoint, **options), kind, message)
 
 
-@pytest.mark.parametrize("axis", ["pp", "dp"])
-async def test_other_axes_are_refused(checkpoint: Path, axis: str) -> None:
-    engine = zspmd.Engine(checkpoint, parallel=zspmd.ParallelConfig(**{axis: 2}))
-    await assert_refused(engine, zspmd.TopologyError, f"{axis} is 2; the engine splits models over tp only: set {axis} to 1")
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"pp": 3}, "pp 3 is more than the 2 layers of the model; choose at most 2"),
+        ({"ep": 2, "dp": 2}, "ep is 2, and the model has no experts: with tp 1 and dp 2 choose 1"),
+    ],
+    ids=["pp", "ep"],
+)
+async def test_layouts_that_do_not_fit_are_refused(checkpoint: Path, sizes: dict[str, int], message: str) -> None:
+    await assert_refused(zspmd.Engine(checkpoint, parallel=zspmd.ParallelConfig(**sizes)), zspmd.TopologyError, message)
 
 
 async def assert_refused(engine: zspmd.Engine, kind: type[zspmd.ConfigError], message: str) -> None:

@@ -124,6 +124,8 @@ async def run_layout(directory: Path, layout: Layout, ranks: tuple[int, int, int
     async with build_engine(directory, tp=tp, pp=pp, dp=dp, block_size=BLOCK_SIZE, max_num_seqs=NUM_REQUESTS, **layout.config) as engine:
         rounds = [await complete_all(engine, REQUESTS.prompts, REQUESTS.params) for _ in range(layout.num_rounds)]
         statistics, num_steps = engine.statistics(), engine.group.statistics().steps
+        assert sum(one.num_generated_tokens for one in engine.replica_statistics()) == statistics.num_generated_tokens
+        assert len(engine.replica_statistics()) == dp
         alone = [(await complete(engine, REQUESTS.prompts[i], REQUESTS.params[i])).token_ids for i in ALONE]
         assert_idle(engine)
     return Run([[output.token_ids for output in outputs] for outputs in rounds], alone, statistics, num_steps)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,13 @@ def test_two_ranks_add_and_know_their_line(leak_check: LeakCheck, tmp_path: Path
     assert (done.returncode, done.stdout.splitlines()) == (0, ["123+456=579", "999+1=1000", LINE])
     assert "rank 1: weights loaded" in done.stderr
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["r00000.err", "r00000.out", "r00001.err", "r00001.out"]
+
+
+def test_stages_of_unequal_size_and_replicas_give_the_same_text(leak_check: LeakCheck) -> None:
+    done = run("--pp", "2", "--dp", "2", "generate", "--pp-partition", "3,1", "123+456=", "999+1=", "zspmd is")
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["123+456=579", "999+1=1000", LINE])
+    assert re.search(r"rank 2: weights loaded, 2\.8 MB", done.stderr)  # three of the four layers, as --dry-run says
+    assert re.search(r"rank 3: weights loaded, 1\.1 MB", done.stderr)
 
 
 def test_a_trace_shows_every_rank(leak_check: LeakCheck, tmp_path: Path) -> None:

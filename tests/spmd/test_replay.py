@@ -127,10 +127,11 @@ def test_a_file_that_is_cut_is_replayed_up_to_there(leak_check: LeakCheck, mixed
     [
         (("-n", "3"), (), "--num-ranks is 3, the recording has 2; leave it out, the recording decides"),
         (("--tp", "1"), (), "--tp is 1, the recording has 2"),
+        (("--pp", "2"), (), "--pp is 2, the recording has 1"),
         (("--devices", "cpu"), (), "--devices is cpu, the recording has cpu,cpu"),
         ((), ("--rank", "2"), "--rank is 2; the recording has ranks 0 to 1"),
     ],
-    ids=["ranks", "tp", "devices", "rank"],
+    ids=["ranks", "tp", "pp", "devices", "rank"],
 )
 def test_the_command_line_cannot_contradict_the_recording(
     mixed: Path, options: tuple[str, ...], arguments: tuple[str, ...], told: str

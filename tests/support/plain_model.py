@@ -47,7 +47,7 @@ def use_plain_ranks(patch: pytest.MonkeyPatch, worker: str = WORKER) -> None:
 class PlainModel(zspmd.Worker):
     """Has the interface of the model worker, greedy sampling alone, and no weights."""
 
-    def setup(self, *, model: str, dtype: str, block_size: int, max_num_seqs: int, max_model_len: int, pack_weights: bool) -> None:
+    def setup(self, *, block_size: int, max_num_seqs: int, max_model_len: int, **of_the_model: Any) -> None:
         self._sizes = (max_num_seqs, max_model_len, block_size)
 
     @zspmd.rpc

@@ -48,6 +48,7 @@ MAY_IMPORT_BY_NAME = {
 MAY_TELL_THE_TIME = {
     "zspmd.runtime.engine.chat_template": "templates print today's date",
     "zspmd.runtime.launch.launch_record": "when a launch was started, for people; nothing is decided by it",
+    "zspmd.runtime.programs.bench.sides.keeper": "Ray names its semaphores by the wall clock",
 }
 # Where asserts stand for the type checker or an invariant of the code around them. Whatever reads bytes of others has none.
 MAY_ASSERT = {

@@ -10,7 +10,7 @@ from ....errors import ConfigError
 from ..devices import detect_devices, script_devices
 from ..launch_id import check_launch_id, generate_launch_id
 from .host_options import HostChoice, choose_hosts, forwarded_names, read_manual, read_nodes
-from .option_parser import ABORT_GRACE_S, GRACE_S, IGNORED, dest
+from .option_parser import ABORT_GRACE_S, GRACE_S, IGNORED, PROGRAM_AXES, dest
 from .option_values import read_address, read_argv, read_port, read_seconds, read_tail, read_working_directory
 from .options import LaunchOptions, ScriptOptions
 from .place_options import count_called, read_place
@@ -92,7 +92,7 @@ def script_options(arguments: argparse.Namespace) -> ScriptOptions:
         ConfigError, TopologyError: an option that only programs have, a bad value, or one that cannot be honoured.
     """
     _check_restarts(arguments)
-    for axis in ("tp", "pp", "dp"):
+    for axis in PROGRAM_AXES:
         if getattr(arguments, axis) is not None:
             raise ConfigError(f"--{axis} is for programs; a script lays out its own mesh, give -n")
     if arguments.trace is not None:
@@ -211,7 +211,7 @@ def _shown(arguments: argparse.Namespace, world_size: int | None) -> ShownStream
 
 def _given(arguments: argparse.Namespace, counts: RankCounts) -> frozenset[str]:
     values = {"num-ranks": counts.total if counts.is_asked else None, "launch-id": arguments.launch_id}
-    values |= {axis: getattr(arguments, axis) for axis in ("tp", "pp", "dp")}
+    values |= {axis: getattr(arguments, axis) for axis in PROGRAM_AXES}
     given = {name for name, value in values.items() if value is not None}
     return frozenset(given | ({"devices"} if arguments.devices != "auto" else set()))
 

@@ -13,6 +13,12 @@ GRACE_S = 30.0
 ABORT_GRACE_S = 5.0
 # torchrun's options that say how its nodes find each other and how it watches them; there is nothing to be said here.
 IGNORED = ("rdzv-backend", "rdzv-endpoint", "rdzv-conf", "local-addr", "role", "monitor-interval", "start-method")
+PROGRAM_AXES = {
+    "tp": "ranks that share each layer (what the others leave)",
+    "pp": "stages of layers (1)",
+    "dp": "replicas (1)",
+    "ep": "ranks that share a mixture's experts: dp times tp for all replicas (1: the tp ranks of each)",
+}
 _HOST_OPTION = (
     "-H is a list of hosts in Open MPI and a hostfile in DeepSpeed, so that it means nothing here: write --host LIST (node1:4,node2:4) or "
     "--hostfile FILE"
@@ -33,11 +39,7 @@ def build_parser(program_names: Sequence[str]) -> argparse.ArgumentParser:
     _add_manual_options(parser.add_argument_group("several nodes, one command on each; or ranks that are there already"))
     _add_output_options(parser.add_argument_group("output"))
     programs = parser.add_argument_group("programs")
-    for axis, meaning in (
-        ("tp", "ranks that share each layer (what the others leave)"),
-        ("pp", "stages of layers (1)"),
-        ("dp", "replicas (1)"),
-    ):
+    for axis, meaning in PROGRAM_AXES.items():
         _add(programs, axis, type=int, metavar="N", help=meaning)
     _add_script_options(parser.add_argument_group("scripts"))
     _add_torchrun_options(parser.add_argument_group("of torchrun"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ....topology import axis_groups
@@ -43,16 +44,20 @@ def dry_plan(options: LaunchOptions | ScriptOptions) -> LaunchPlan:
     )
 
 
-def describe_program(options: LaunchOptions, program: str, described: str, bind: str | None) -> str:
-    """Return the plan of a program as text: launch, endpoints, ranks and mesh."""
+def describe_program(
+    options: LaunchOptions, program: str, described: str, bind: str | None, shares: Sequence[Mapping[str, object]] = ()
+) -> str:
+    """Return the plan of a program as text: launch, endpoints, ranks and mesh, and a table of ``shares``, what each rank holds."""
     plan = dry_plan(options)
     names = ("step", "result", "control")
     directory = plan.nodes[0].run_directory
+    axes = ("tp", "pp", "dp") if options.parallel.ep == 1 else ("tp", "pp", "dp", "ep")
     facts = [
         *(f"socket   {f'ipc://{directory}/{name}' if bind is None else tcp_endpoint(bind)}" for name in names if options.hosts is None),
-        *(f"mesh     {axis}: {' '.join(str(list(ranks)) for ranks in axis_groups(options.parallel, axis))}" for axis in ("tp", "pp", "dp")),
+        *(f"mesh     {axis}: {' '.join(str(list(ranks)) for ranks in axis_groups(options.parallel, axis))}" for axis in axes),
     ]
-    return _text(plan, options, f"program  {program}: {described}", "first candidate", facts)
+    text = _text(plan, options, f"program  {program}: {described}", "first candidate", facts)
+    return "\n".join([text, *_share_table(shares)])
 
 
 def describe_script(options: ScriptOptions) -> str:
@@ -82,8 +87,10 @@ def describe_nodes(plan: LaunchPlan, options: LaunchOptions | ScriptOptions) -> 
     return "\n".join(line.rstrip() for line in (_headline(plan), *_node_table(plan, options), *_node_facts(options)))
 
 
-def plan_facts(plan: LaunchPlan, options: LaunchOptions | ScriptOptions, command: str) -> dict[str, Any]:
-    """Return the plan as what ``--dry-run --json`` prints; names of variables, and none of their values."""
+def plan_facts(
+    plan: LaunchPlan, options: LaunchOptions | ScriptOptions, command: str, shares: Sequence[Mapping[str, object]] = ()
+) -> dict[str, Any]:
+    """Return the plan as what ``--dry-run --json`` prints, ``shares`` among it; names of variables, and none of their values."""
     return {
         "launch_id": plan.launch_id,
         "command": command,
@@ -93,6 +100,8 @@ def plan_facts(plan: LaunchPlan, options: LaunchOptions | ScriptOptions, command
         "master_port": plan.master_port,
         "log_dir": options.log_dir,
         "relay": options.nodes.relay,
+        "parallel": asdict(options.parallel) if isinstance(options, LaunchOptions) else None,
+        "shares": list(shares),
         "environment": {"set": sorted(_set_names(options)), "forwarded": _forwarded(options), "removed": _removed()},
         "nodes": [
             {
@@ -188,6 +197,19 @@ def _node_table(plan: LaunchPlan, options: LaunchOptions | ScriptOptions) -> lis
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["   " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)) for row in rows]
+
+
+def _share_table(shares: Sequence[Mapping[str, object]]) -> list[str]:
+    if not shares:
+        return []
+    rows = [[name.replace("_", " ") for name in shares[0]], *([_shown(value) for value in share.values()] for share in shares)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [f"{'holds' if not number else '':<9}{line}" for number, line in enumerate(lines)]
+
+
+def _shown(value: object) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _node_facts(options: LaunchOptions | ScriptOptions) -> list[str]:

@@ -57,7 +57,7 @@ def read_axes(arguments: argparse.Namespace, counts: RankCounts) -> ParallelConf
         if (total or others) % others:
             raise TopologyError(f"{total} ranks cannot be divided by --pp {pp} and --dp {dp}; give --tp, or another number of ranks")
         tp = (total or others) // others
-    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp)
+    parallel = ParallelConfig(tp=tp, pp=pp, dp=dp, ep=1 if arguments.ep is None else arguments.ep)
     if counts.is_asked and total is not None and total != parallel.world_size:
         named = f"{_PER_NODE if arguments.num_ranks is None else _NUM_RANKS} {total}"
         axes = " and ".join(f"--{axis} {size}" for axis, size in (("tp", tp), ("pp", pp), ("dp", dp)) if axis == "tp" or size != 1)

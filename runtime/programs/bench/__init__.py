@@ -5,6 +5,7 @@ Each benchmark is a module of this package, listed in ``_modules``. It offers
     (first line of its docstring)                  what ``bench`` alone lists
     add_arguments(parser)                          its own options; ``--json``, ``--plot`` and ``--turns`` are added to each
     TURNS                                          the default of ``--turns``; without it there is no such option
+    TAKES_AXES                                     which of --tp, --pp, --dp, --ep before the word bench it heeds; none if it is missing
     TAKES_HOSTS                                    true where ranks may be on a host of ``zspmd-run --host``; False if it is missing
     prepare(arguments, options) -> str             raise ConfigError for what cannot be, before anything starts; say what will be measured
     measure(arguments, options, report)            a coroutine that adds rows to the report, and notes about what it left out
@@ -25,6 +26,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ....errors import ConfigError
+from ...launch.command.option_parser import PROGRAM_AXES
 
 if TYPE_CHECKING:
     from ...launch.cli import LaunchOptions
@@ -62,6 +64,9 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     module = _modules()[arguments.benchmark]
     if options.hosts is not None and not getattr(module, "TAKES_HOSTS", False):
         raise ConfigError(f"bench {arguments.benchmark} measures this machine alone; leave --host and --hostfile out")
+    for axis in PROGRAM_AXES:
+        if axis in options.given and axis not in getattr(module, "TAKES_AXES", ()):
+            raise ConfigError(f"--{axis} means nothing for bench {arguments.benchmark}; leave it out")
     _take_ranks(arguments, options)
     check_output_options(arguments)
     described = module.prepare(arguments, options)

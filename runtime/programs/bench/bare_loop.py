@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ....config import ParallelConfig
-from ....topology import axis_group
+from ....topology import AxisGroup, axis_group
 from ....transport.batch import BatchStep, SlotAdd, encode_batch_step
 from ....transport.trace_spans import NO_TRACE
 from ....workers.communicators.solo import SoloCommunicator
@@ -30,6 +30,18 @@ _SAME_AS_BEFORE = encode_batch_step(BatchStep())
 _NO_SLOTS = np.empty(0, np.uint16)
 
 
+class _MeshOfOne:
+    """Every axis with this process alone on it."""
+
+    parallel = ParallelConfig()
+
+    def group(self, axis: str) -> AxisGroup:
+        return axis_group(self.parallel, axis, 0)
+
+    def __getitem__(self, axis: str) -> SoloCommunicator:
+        return SoloCommunicator(self.group(axis))
+
+
 class _Alone:
     """What ``ModelWorker`` asks of its context, in a process that is no rank."""
 
@@ -37,9 +49,7 @@ class _Alone:
     trace = NO_TRACE
     rank = local_rank = 0
     world_size = local_world_size = 1
-
-    def __init__(self) -> None:
-        self.mesh = {"tp": SoloCommunicator(axis_group(ParallelConfig(), "tp", 0))}
+    mesh = _MeshOfOne()
 
     def report_progress(self, done: int, total: int, what: str) -> None:
         """Nobody to tell."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ...launch.cli import LaunchOptions
 
 TURNS = 8
+TAKES_AXES = ("tp",)
 _MAX_COUNT = 1 << 16
 
 

@@ -83,6 +83,19 @@ def test_in_lockstep_every_replica_with_work_has_a_step_of_what_is_published() -
     assert [[step.replica for step in replicas.schedule()] for _ in range(WINDOW + 1)] == [[0, 1], [0, 1], []]
 
 
+def test_in_lockstep_a_replica_whose_requests_come_later_joins_the_steps_of_the_others() -> None:
+    replicas, _ = build(2, is_lockstep=True)
+    replicas.add(sequence_of("a"))
+    in_flight = [replicas.schedule() for _ in range(WINDOW)]
+    replicas.add(sequence_of("b", first=100))
+    assert replicas.schedule() == [], "a step of the newcomer alone has them take turns from then on"
+    for _ in range(3):
+        for step in in_flight.pop(0):
+            replicas.apply(step, [20])
+        in_flight.append(replicas.schedule())
+        assert [step.replica for step in in_flight[-1]] == [0, 1]
+
+
 def test_everything_that_is_asked_of_one_is_asked_of_all() -> None:
     replicas, schedulers = build(2)
     for name in "abcd":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -38,6 +39,10 @@ from zspmd.runtime.launch.ports import first_candidate
         (["-n", "2", "--tp", "4", "generate", "x"], "-n 2 and --tp 4 do not agree"),
         (["--tp", "2", "--devices", "cuda:0", "generate", "x"], "devices lists 1 entries .* for 2 ranks"),
         (["--launch-id", "a/b", "generate", "x"], "launch id 'a/b'"),
+        (["--pp", "9", "generate", "x"], "pp 9 is more than the 4 layers of the model; choose at most 4"),
+        (["--pp", "2", "generate", "--pp-partition", "3,2", "x"], "the pipeline partition 3, 2 has 2 stages and 5 layers; .* 4 in all"),
+        (["--pp", "2", "generate", "--pp-partition", "3;1", "x"], "--pp-partition is '3;1'; give the number of layers of each stage"),
+        (["--tp", "2", "--ep", "2", "generate", "x"], "ep is 2, and the model has no experts: .* choose 1"),
     ],
     ids=[
         "unknown program",
@@ -51,6 +56,10 @@ from zspmd.runtime.launch.ports import first_candidate
         "sizes disagree",
         "too few devices",
         "launch id",
+        "more stages than layers",
+        "partition of other layers",
+        "partition unreadable",
+        "no experts",
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(
@@ -81,6 +90,23 @@ def test_a_dry_run_shows_ranks_sockets_and_mesh_and_starts_nothing(
     assert "tp: [0, 1]" in shown
     assert len(re.findall(r"^rank     \d +\d +0 +localhost +cpu$", shown, re.MULTILINE)) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_shows_what_each_rank_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--pp", "2", "--dp", "2", "--devices", "cpu", "--dry-run"]
+    assert main([*layout, "generate", "--pp-partition", "3,1"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.partition("\nholds    ")[2].splitlines()]
+    assert " ".join(rows[0]) == "rank replica stage layers heads kv heads experts vocabulary rows weights bytes"
+    assert [row[:7] for row in rows[1:]] == [
+        ["0", "0", "0", "0-2", "0-3", "0-3", "-"],
+        ["1", "0", "1", "3", "0-3", "0-3", "-"],
+        ["2", "1", "0", "0-2", "0-3", "0-3", "-"],
+        ["3", "1", "1", "3", "0-3", "0-3", "-"],
+    ]
+    assert main([*layout, "--json", "generate", "--pp-partition", "3,1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parallel"] == {"tp": 1, "pp": 2, "dp": 2, "ep": 1}
+    assert [f"{share['weights_bytes']:,}" for share in told["shares"]] == [row[-1] for row in rows[1:]]
 
 
 def test_a_dry_run_of_a_script_shows_what_its_ranks_would_get(

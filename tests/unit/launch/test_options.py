@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from zspmd.config import ParallelConfig
 from zspmd.errors import ConfigError, TopologyError, ZspmdError
 from zspmd.runtime.launch.command import option_values
 from zspmd.runtime.launch.command.command_options import ignored_options, is_script, launch_options, script_options, wants_logs
@@ -199,6 +200,38 @@ def test_programs_and_their_ranks_inherit_what_env_sets(monkeypatch: pytest.Monk
     monkeypatch.setenv("ZSPMD_TEST_SET", "before")
     launch_options(build_parser([]).parse_args(["--env", "ZSPMD_TEST_SET=after", "generate"]), "generate")
     assert os.environ["ZSPMD_TEST_SET"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parallel"),
+    [
+        pytest.param(["--tp", "2", "--dp", "2", "--ep", "4"], ParallelConfig(tp=2, dp=2, ep=4), id="all-given"),
+        pytest.param(["-n", "4", "--pp", "2", "--ep", "2"], ParallelConfig(tp=2, pp=2, ep=2), id="tp-is-the-rest"),
+        pytest.param(["--dp", "3"], ParallelConfig(dp=3), id="ep-is-1"),
+    ],
+)
+def test_the_mesh_of_a_program(arguments: list[str], parallel: ParallelConfig) -> None:
+    options = launch_options(build_parser([]).parse_args(["--devices", "cpu", *arguments, "generate"]), "generate")
+    assert options.parallel == parallel
+    assert {name.strip("-") for name in arguments if name.startswith("--")} <= options.given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--ep", "3", "--tp", "2"], r"ep 3 does not divide dp \* tp = 2", id="no-divisor"),
+        pytest.param(["--ep", "0"], "ep is 0; it must be a whole number of at least 1", id="zero"),
+    ],
+)
+def test_experts_that_cannot_be_spread_so(arguments: list[str], words: str) -> None:
+    with pytest.raises(TopologyError, match=words):
+        launch_options(build_parser([]).parse_args([*arguments, "generate"]), "generate")
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "dp", "ep"])
+def test_a_script_has_no_axes(axis: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{axis} is for programs; a script lays out its own mesh"):
+        parsed(f"--{axis}", "1")
 
 
 @pytest.mark.parametrize(

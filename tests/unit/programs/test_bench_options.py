@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -100,6 +101,20 @@ def test_ranks_of_the_launch_are_the_benchmarks(fake: Fake) -> None:
     assert prepared("fake", options=options).ranks == [3]
     with pytest.raises(ConfigError, match="-n 3 and --ranks are both given"):
         prepared("fake", "--ranks", "2", options=options)
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "dp", "ep"])
+def test_axes_that_a_benchmark_does_not_heed_are_refused(fake: Fake, axis: str) -> None:
+    options = LaunchOptions(ParallelConfig(tp=2), "unused", ("cpu",) * 2, None, True, given=frozenset({axis}))
+    with pytest.raises(ConfigError, match=f"--{axis} means nothing for bench fake; leave it out"):
+        prepared("fake", options=options)
+
+
+def test_an_engine_takes_tp_from_the_launch_and_no_other_axis() -> None:
+    options = LaunchOptions(ParallelConfig(tp=2), "unused", ("cpu",) * 2, None, True, given=frozenset({"tp"}))
+    assert prepared("engine", options=options).tp == [2]
+    with pytest.raises(ConfigError, match="--pp means nothing for bench engine"):
+        prepared("engine", options=replace(options, given=frozenset({"tp", "pp"})))
 
 
 def test_a_benchmark_of_this_machine_takes_no_hosts(fake: Fake) -> None:

@@ -1,0 +1,97 @@
+"""The collectives that a step asks of a rank, worked out from the step alone: arithmetic that knows nothing of the model's code.
+
+    first stage    embedding    tp all-reduce        T * D
+    each layer     attention    tp all-reduce        T * D
+                   MLP          tp all-reduce        T * D
+                   experts of   dp all-gather        longest * D            before it, where all replicas share them; also where
+                   all replicas dp reduce-scatter    dp * longest * D       this replica has no token
+    between stages              pp send, receive     T * D
+    last stage     sampling     tp all-gather        2 a row                of rows that are sampled by shard
+                                tp all-gather        V / tp a row           of rows that need the whole vocabulary
+
+T tokens of this replica in the step, longest the most of any replica, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zspmd
+
+Collective = list[Any]  # [axis, kind, elements]
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What of a checkpoint decides which collectives there are."""
+
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    mixture_layers: frozenset[int]
+
+    @classmethod
+    def read(cls, directory: Path) -> ModelSizes:
+        """Read config.json; raises KeyError where it has none of the fields."""
+        fields = json.loads((directory / "config.json").read_text())
+        layers = range(fields["num_hidden_layers"])
+        if fields["model_type"] in ("llama", "qwen3"):
+            layers = range(0)
+        elif fields["model_type"] != "mixtral":
+            layers = layers[fields["first_k_dense_replace"] :]
+        return cls(fields["hidden_size"], fields["num_hidden_layers"], fields["vocab_size"], frozenset(layers))
+
+
+@dataclass(frozen=True)
+class ReplicaPart:
+    """What a step computes on one replica: its tokens, and of the sampled rows how many are by shard and how many whole."""
+
+    num_tokens: int = 0
+    num_by_shard: int = 0
+    num_whole: int = 0
+
+
+def needs_whole(params: zspmd.SamplingParams) -> bool:
+    """Whether a row with these parameters is sampled from the logits of the whole vocabulary."""
+    is_filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    return params.logprobs is not None or (is_filtered and params.temperature >= GREEDY_BELOW)
+
+
+def predict_collectives(sizes: ModelSizes, parallel: zspmd.ParallelConfig, parts: Sequence[ReplicaPart], rank: int) -> list[Collective]:
+    """Return what ``rank`` enters in a step, in order.
+
+    Args:
+        parts: of each replica.
+    """
+    tp, pp, dp = parallel.tp, parallel.pp, parallel.dp
+    replica, stage = rank // (pp * tp), rank // tp % pp
+    part, longest = parts[replica], max(part.num_tokens for part in parts)
+    is_shared = bool(sizes.mixture_layers) and parallel.ep > tp
+    states, collectives = part.num_tokens * sizes.hidden_size, list[Collective]()
+    reduce: list[Collective] = [["tp", "all_reduce", states]] if states and tp > 1 else []
+    if states:
+        collectives += reduce if stage == 0 else [["pp", "receive", states]]
+    for layer in stage_of_layers(sizes.num_layers, pp, stage):
+        collectives += reduce
+        if is_shared and layer in sizes.mixture_layers:
+            padded = longest * sizes.hidden_size
+            collectives += [["dp", "all_gather", padded], ["dp", "reduce_scatter", dp * padded]]
+        collectives += reduce
+    if states and stage < pp - 1:
+        collectives.append(["pp", "send", states])
+    elif stage == pp - 1 and tp > 1:
+        rows = ((part.num_by_shard, 2), (part.num_whole, -(-sizes.vocab_size // tp)))
+        collectives += [["tp", "all_gather", count * width] for count, width in rows if count]
+    return collectives
+
+
+def stage_of_layers(num_layers: int, num_stages: int, stage: int) -> range:
+    """Return the layers of a stage: equal numbers, the first stages one more each where that does not come out even."""
+    counts = [(num_layers + num_stages - 1 - place) // num_stages for place in range(num_stages)]
+    start = sum(counts[:stage])
+    return range(start, start + counts[stage])
