@@ -181,6 +181,9 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+        partition = self.pp_partition
+        if partition is not None and not (isinstance(partition, (tuple, list)) and all(type(count) is int for count in partition)):
+            raise ConfigError(f"pp_partition is {partition!r}; give the layers of each stage, such as (3, 2)")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -91,6 +91,13 @@ def test_only_some_engine_limits_may_be_none() -> None:
         EngineConfig(window=None)  # type: ignore[arg-type]  # the very mistake
 
 
+@pytest.mark.parametrize("partition", ["32", 3, (3, 2.0), (True, 2)], ids=["text", "number", "float", "bool"])
+def test_a_pipeline_partition_is_whole_numbers(partition: object) -> None:
+    assert EngineConfig(pp_partition=(3, 2)).pp_partition == (3, 2)
+    with pytest.raises(ConfigError, match=r"pp_partition is .*; give the layers of each stage"):
+        EngineConfig(pp_partition=partition)  # type: ignore[arg-type]  # the very mistake
+
+
 def test_the_dtype_is_a_known_one() -> None:
     assert EngineConfig(dtype="bfloat16").dtype == "bfloat16"
     with pytest.raises(ConfigError, match="dtype is 'int4'; choose one of auto, float32, bfloat16, float16"):
