@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.cluster import Cluster
 from support.host_proc import own_listeners_of
 from support.node_faults import AGENT, GUARD, named
@@ -95,6 +96,23 @@ def test_an_engine_gives_the_tokens_of_one_node_and_shows_nobody_its_keys(
     assert got.keys() == by_name.keys()
     assert launch.told("failed") == []
     assert by_name == generate_here(4, REQUESTS)
+
+
+@pytest.mark.parametrize("parallel", [{"tp": 2, "pp": 2}, {"pp": 2, "dp": 2}], ids=["stages", "replicas"])
+def test_stages_and_replicas_on_several_hosts_give_the_tokens_of_one_node(
+    cluster: Cluster, ssh_servers: SshServers, parallel: dict[str, int]
+) -> None:
+    """The first stage of the one has a node to itself; each stage of the other's second replica is on a node of its own."""
+    with NodeLaunch(cluster, ssh_servers.command, program="support.node_engine", lease_s=15.0, parallel=parallel) as launch:
+        launch.wait("ready", timeout_s=60.0)
+        for name, request in REQUESTS.items():
+            launch.order("generate", name, *request)
+        for _ in REQUESTS:
+            launch.wait("finished")
+        launch.order("close")
+        launch.finish()
+    assert launch.told("failed") == []
+    assert {event["request"]: event["token_ids"] for event in launch.told("finished")} == generate_here(1, REQUESTS)
 
 
 def _check_listeners(cluster: Cluster, launch: NodeLaunch, ready: dict[str, Any], endpoints: list[str]) -> None:

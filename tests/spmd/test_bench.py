@@ -140,5 +140,6 @@ async def test_a_side_that_fails_to_start_tells_why(leak_check: LeakCheck) -> No
 async def test_a_side_takes_with_it_what_it_started_in_another_session(leak_check: LeakCheck) -> None:
     daemon = "import subprocess as s; s.Popen(['sleep', '600'], start_new_session=True); print('{}', flush=True); input()"
     async with SideProcess("a side", ["-c", daemon]):
-        assert any("sleep 600" in argv for argv in leak_check.processes().values())
+        # its starter is told a moment before the kernel has put its arguments in place
+        block_until(lambda: any("sleep 600" in argv for argv in leak_check.processes().values()))
     block_until(lambda: not leak_check.processes())

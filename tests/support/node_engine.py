@@ -51,7 +51,7 @@ async def live(options: dict[str, Any]) -> None:
     restart = options.get("max_restarts")
     engine = zspmd.Engine(
         "demo",
-        parallel=zspmd.ParallelConfig(tp=options["world_size"]),
+        parallel=zspmd.ParallelConfig(**options.get("parallel", {"tp": options["world_size"]})),
         config=zspmd.EngineConfig(max_num_seqs=12, num_blocks=400),
         devices="cpu",
         log_dir=options["log_dir"],
