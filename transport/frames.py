@@ -22,7 +22,7 @@ from ..errors import BadFrameError, WireVersionError
 if TYPE_CHECKING:
     import zmq
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 STEP_MAGIC = b"SZ"
 RESULT_MAGIC = b"RZ"
 STEP_TOPIC = b"S"

@@ -144,7 +144,8 @@ class ModelWorker(Worker):
         """Return this replica's part of what was published."""
         if self._replica is None and not isinstance(inputs, list):
             return inputs
-        if self._replica is None or not isinstance(inputs, list) or len(inputs) != 2 or len(inputs[1]) != self._num_replicas:
+        sizes = [len(part) for part in inputs if isinstance(part, list)] if isinstance(inputs, list) else []
+        if self._replica is None or not isinstance(inputs, list) or sizes != [self._num_replicas] * 2:
             raise BadFrameError(f"the inputs of a step are a {type(inputs).__name__} that is none for dp {self._num_replicas}")
         counts, parts = inputs
         self._model.expert_axis.begin_step(counts)

@@ -198,7 +198,7 @@ class WorkerGroup:
 
         Raises:
             BackpressureError: no room within ``deadlines.step_s``; names the ranks that are behind. Nothing was sent.
-            TopologyError: a rank that is no output rank.
+            TopologyError: no rank, one twice, or one that is no output rank.
             Otherwise as ``step``, whose ``timeout_s`` this is.
         """
         limit = self._limit(timeout_s)
@@ -340,10 +340,11 @@ class WorkerGroup:
         return fault
 
     def _check_output_ranks(self, ranks: Sequence[int]) -> Sequence[int]:
-        for rank in ranks:
+        asked = check_ranks("ranks", ranks, self.world_size)
+        for rank in asked:
             if rank not in self.config.output_ranks:
                 raise TopologyError(f"ranks has {rank!r}, which does not answer steps; the output ranks are {self.config.output_ranks}")
-        return ranks
+        return asked
 
     def _may_ask(self) -> bool:
         """Whether ``_wait_for_room`` would return at once."""

@@ -54,6 +54,9 @@ async def test_a_step_waits_for_the_ranks_that_it_names_and_for_no_other(tmp_pat
         assert await slow == [2]
         with pytest.raises(TopologyError, match=r"ranks has 1, which does not answer steps; the output ranks are \(0, 2\)"):
             await group.submit({"ranks": [], "path": ""}, ranks=[0, 1])
+        for none_or_twice in ([], [0, 0], [3]):  # nobody would ever have answered
+            with pytest.raises(TopologyError, match="it must name one or more different ranks from 0 to 2"):
+                await group.submit({"ranks": [], "path": ""}, ranks=none_or_twice)
         await wait_until(lambda: not group.statistics().in_flight)
         assert group.statistics().late_answers == 0
 

@@ -191,6 +191,8 @@ def test_step_before_the_cache_is_refused(checkpoint: tuple[Path, Any]) -> None:
 def test_malformed_step_is_refused(checkpoint: tuple[Path, Any]) -> None:
     with pytest.raises(BadFrameError, match="a batch step has 3 B"):
         run_alone(checkpoint[0], lambda worker: worker.step(b"abc"))
+    with pytest.raises(BadFrameError, match="the inputs of a step are a list that is none for dp 1"):
+        run_alone(checkpoint[0], lambda worker: worker.step([[1], [make_step()]]))
 
 
 @pytest.mark.parametrize(
