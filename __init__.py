@@ -22,6 +22,7 @@ _HOMES = {
     "Coordinator": ".workers.coordinator",
     "CoordinatorTimeoutError": ".errors",
     "Deadlines": ".config",
+    "DraftConfig": ".speculation_config",
     "EndpointInUseError": ".errors",
     "Engine": ".runtime.engine.engine",
     "EngineConfig": ".config",
@@ -32,11 +33,13 @@ _HOMES = {
     "LaunchError": ".errors",
     "ParallelConfig": ".config",
     "PeerLostError": ".errors",
+    "NgramConfig": ".speculation_config",
     "NodeLostError": ".errors",
     "NodesConfig": ".config",
     "PreflightError": ".errors",
     "ProtocolError": ".errors",
     "ReadyTimeoutError": ".errors",
+    "Rebalance": ".runtime.engine.expert_balance",
     "RecordingError": ".errors",
     "ReplayDivergedError": ".errors",
     "RequestError": ".errors",
@@ -45,6 +48,7 @@ _HOMES = {
     "RestartPolicy": ".config",
     "ResourceError": ".errors",
     "ResultTakenError": ".errors",
+    "SpeculationConfig": ".speculation_config",
     "StepGapError": ".errors",
     "StoreTimeoutError": ".errors",
     "TopologyError": ".errors",
@@ -107,7 +111,11 @@ if TYPE_CHECKING:
     from .runtime.driver.group import WorkerGroup as WorkerGroup
     from .runtime.driver.launching import launch as launch
     from .runtime.engine.engine import Engine as Engine
+    from .runtime.engine.expert_balance import Rebalance as Rebalance
     from .runtime.engine.outputs import RequestOutput as RequestOutput
+    from .speculation_config import DraftConfig as DraftConfig
+    from .speculation_config import NgramConfig as NgramConfig
+    from .speculation_config import SpeculationConfig as SpeculationConfig
     from .workers.communicators.communicator import Communicator as Communicator
     from .workers.context import WorkerContext as WorkerContext
     from .workers.coordinator import Coordinator as Coordinator

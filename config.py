@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from .errors import ConfigError, TopologyError
+from .speculation_config import SpeculationConfig, parse_speculation
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class NodesConfig:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXPERT_DISPATCHES = ("auto", "gather", "all_to_all")
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,15 @@ class EngineConfig:
         dtype: dtype of weights and activations; "auto" is float32 on a CPU and the checkpoint's on a GPU.
         pack_weights: put the weights into the form that a CPU multiplies fastest with, once they are loaded. Costs a copy of the
             vocabulary where embedding and head share theirs; does nothing on a GPU.
-        window: steps in flight; 2 lets the next step be published before the last one is back. With pp stages it is at least pp + 1.
+        window: steps in flight; 2 lets the next step be published before the last one is back. With pp stages it is at least pp.
         max_waiting: requests that may wait for a slot before ``generate`` refuses more.
         pp_partition: layers of each pipeline stage, such as (3, 2); None balances them.
+        redundant_experts: copies of experts that each mixture layer has beyond one of each, shared out among the ranks like the experts;
+            ``Engine.rebalance_experts`` gives them to those that have the most to do.
+        expert_dispatch: how tokens meet experts that several replicas share: "gather" brings all tokens to every rank, "all_to_all" each
+            to the ranks that have its experts; "auto" takes whichever is better for the step.
+        speculation: who proposes tokens ahead of the model, and how they are verified; a text such as "ngram:k=4" is read as
+            ``--speculate`` is, under the policy "goodput". None proposes nothing.
     """
 
     max_num_seqs: int = 64
@@ -164,6 +172,9 @@ class EngineConfig:
     window: int = 2
     max_waiting: int = 10_000
     pp_partition: tuple[int, ...] | None = None
+    redundant_experts: int = 0
+    expert_dispatch: str = "auto"
+    speculation: SpeculationConfig | str | None = None
 
     def __post_init__(self) -> None:
         bounds = {
@@ -174,6 +185,7 @@ class EngineConfig:
             "num_blocks": (2, 1 << 31),
             "window": (1, 64),
             "max_waiting": (1, 1 << 31),
+            "redundant_experts": (0, 1 << 14),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -186,11 +198,17 @@ class EngineConfig:
             raise ConfigError(f"pp_partition is {partition!r}; give the layers of each stage, such as (3, 2)")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.expert_dispatch not in EXPERT_DISPATCHES:
+            raise ConfigError(f"expert_dispatch is {self.expert_dispatch!r}; choose one of {', '.join(EXPERT_DISPATCHES)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs {self.max_num_seqs}: "
                 "a step could not hold one token of each sequence; raise the first or lower the second"
             )
+        if isinstance(self.speculation, str):
+            object.__setattr__(self, "speculation", parse_speculation(self.speculation))
+        if self.speculation is not None and not isinstance(self.speculation, SpeculationConfig):
+            raise ConfigError(f"speculation is {self.speculation!r}; give a SpeculationConfig, or a text such as 'ngram:k=4'")
 
 
 @dataclass(frozen=True)

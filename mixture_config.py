@@ -8,6 +8,8 @@ takes every token. The families differ in fields:
     Qwen3MoeForCausalLM   softmax; some layers may be dense
     Dots1ForCausalLM      DeepSeek-V3's: sigmoid, a bias that only the choice sees, experts in groups, a shared expert, first layers dense
     Glm4MoeForCausalLM    the same
+    DeepseekV3ForCausalLM the same
+    DeepseekV2ForCausalLM softmax; experts in groups or not (topk_method), a shared expert, first layers dense
 
 Experts are stored one by one (``experts.3.up_proj.weight``), or as Transformers 5 has them in memory, all in one tensor a layer
 (``experts.gate_up_proj``); ``is_stacked`` says which.
@@ -17,15 +19,36 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from .config_fields import Fields
+from .config_fields import Fields, shown
 from .errors import CheckpointError
 
 MIXTRAL, QWEN2_MOE, QWEN3_MOE = "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"
 DOTS1, GLM4_MOE = "Dots1ForCausalLM", "Glm4MoeForCausalLM"
-MIXTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1, GLM4_MOE)
+DEEPSEEK_V2, DEEPSEEK_V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
+MIXTURES = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1, GLM4_MOE, DEEPSEEK_V2, DEEPSEEK_V3)
 _MAX_EXPERTS, _MAX_LAYER_EXPERTS = 1 << 14, 200_000  # their tensors are listed before one is looked at
 _COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts")  # of experts: Transformers 5 writes another than the hub has
+
+
+class _Defaults(NamedTuple):
+    """What the configuration class of a family with DeepSeek's mixtures assumes of a field that is missing; None: it must be there."""
+
+    num_shared: int | None = None
+    first_mixture: int = 0
+    normalizes: bool = False
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    num_top_groups: int = 1
+
+
+_DEEPSEEK_MIXTURES = {
+    DOTS1: _Defaults(),
+    GLM4_MOE: _Defaults(num_shared=1, first_mixture=1, normalizes=True),
+    DEEPSEEK_V2: _Defaults(num_shared=2),
+    DEEPSEEK_V3: _Defaults(num_shared=1, first_mixture=3, normalizes=True, scaling_factor=2.5, num_groups=8, num_top_groups=4),
+}
 
 
 @dataclass(frozen=True)
@@ -99,19 +122,20 @@ def read_mixture(fields: Fields, architecture: str, num_layers: int, stored: Con
             linear_names=("w1", "w3", "w2"),
             is_stacked=is_stacked,
         )
-    expert_size, normalizes = fields.whole("moe_intermediate_size"), fields.flag("norm_topk_prob", architecture == GLM4_MOE)
-    if architecture in (DOTS1, GLM4_MOE):
-        num_groups, num_top_groups = _read_groups(fields, num_experts, top_k)
+    expert_size = fields.whole("moe_intermediate_size")
+    if architecture in _DEEPSEEK_MIXTURES:
+        has_sigmoid, defaults = architecture != DEEPSEEK_V2, _DEEPSEEK_MIXTURES[architecture]
+        num_groups, num_top_groups = _read_groups(fields, architecture, num_experts, top_k)
         return MixtureConfig(
             layers=layers,
             num_experts=num_experts,
             top_k=top_k,
             expert_size=expert_size,
-            shared_size=expert_size * fields.whole("n_shared_experts", 1 if architecture == GLM4_MOE else None),
-            scoring="sigmoid",
-            has_correction_bias=True,
-            normalizes=normalizes,
-            scaling_factor=fields.number("routed_scaling_factor", 1.0),
+            shared_size=expert_size * fields.whole("n_shared_experts", defaults.num_shared),
+            scoring="sigmoid" if has_sigmoid else "softmax",
+            has_correction_bias=has_sigmoid,
+            normalizes=fields.flag("norm_topk_prob", defaults.normalizes),
+            scaling_factor=fields.number("routed_scaling_factor", defaults.scaling_factor),
             num_groups=num_groups,
             num_top_groups=num_top_groups,
             shared_name="shared_experts",
@@ -125,7 +149,7 @@ def read_mixture(fields: Fields, architecture: str, num_layers: int, stored: Con
         expert_size=expert_size,
         shared_size=fields.whole("shared_expert_intermediate_size") if has_shared else 0,
         has_shared_gate=has_shared,
-        normalizes=normalizes,
+        normalizes=fields.flag("norm_topk_prob"),
         is_stacked=is_stacked,
     )
 
@@ -143,15 +167,21 @@ def _read_num_experts(fields: Fields, num_layers: int) -> int:
 def _read_layers(fields: Fields, architecture: str, num_layers: int) -> tuple[int, ...]:
     if architecture == MIXTRAL:
         return tuple(range(num_layers))
-    if architecture in (DOTS1, GLM4_MOE):
-        return tuple(range(fields.whole("first_k_dense_replace", int(architecture == GLM4_MOE), low=0), num_layers))
+    if architecture in _DEEPSEEK_MIXTURES:
+        return tuple(range(fields.whole("first_k_dense_replace", _DEEPSEEK_MIXTURES[architecture].first_mixture, low=0), num_layers))
     step, dense = fields.whole("decoder_sparse_step", 1), set(fields.whole_numbers("mlp_only_layers"))
     return tuple(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense)
 
 
-def _read_groups(fields: Fields, num_experts: int, top_k: int) -> tuple[int, int]:
-    num_groups = fields.whole("n_group", 1, high=num_experts)
-    num_top_groups = fields.whole("topk_group", 1, high=num_groups)
+def _read_groups(fields: Fields, architecture: str, num_experts: int, top_k: int) -> tuple[int, int]:
+    """Return how many groups there are and how many of them a token's experts may be of."""
+    method = fields.get("topk_method", "greedy" if architecture == DEEPSEEK_V2 else "noaux_tc")
+    _check_routing(fields, architecture, method)
+    if method == "greedy":
+        return 1, 1
+    defaults = _DEEPSEEK_MIXTURES[architecture]
+    num_groups = fields.whole("n_group", defaults.num_groups, high=num_experts)
+    num_top_groups = fields.whole("topk_group", defaults.num_top_groups, high=num_groups)
     group_size = num_experts // num_groups
     if num_experts % num_groups or group_size < 2:  # a group counts for its two best experts
         raise CheckpointError(f"{fields.where}: n_group is {num_groups} for {num_experts} experts; groups must be equal, of two at least")
@@ -160,6 +190,23 @@ def _read_groups(fields: Fields, num_experts: int, top_k: int) -> tuple[int, int
             f"{fields.where}: num_experts_per_tok is {top_k}, but topk_group {num_top_groups} leaves {num_top_groups * group_size} experts"
         )
     return num_groups, num_top_groups
+
+
+def _check_routing(fields: Fields, architecture: str, method: object) -> None:
+    """Refuse what a family's own code does not have, or what two of its implementations do not agree on."""
+    is_v2 = architecture == DEEPSEEK_V2
+    methods, scoring = (("greedy", "group_limited_greedy"), "softmax") if is_v2 else (("noaux_tc",), "sigmoid")
+    if method not in methods:
+        raise CheckpointError(f"{fields.where}: topk_method is {shown(method)}; {architecture} has {' and '.join(methods)}")
+    if fields.get("scoring_func", scoring) != scoring:
+        raise CheckpointError(f"{fields.where}: scoring_func is {shown(fields.get('scoring_func'))}; {architecture} has {scoring}")
+    if fields.get("moe_layer_freq", 1) != 1:
+        raise CheckpointError(f"{fields.where}: moe_layer_freq is {shown(fields.get('moe_layer_freq'))}; only 1 is supported")
+    if is_v2 and fields.flag("norm_topk_prob"):
+        raise CheckpointError(
+            f"{fields.where}: norm_topk_prob is true; DeepSeek's own code then leaves out routed_scaling_factor, Transformers ignores the "
+            "field, and no released checkpoint has it: set it to false"
+        )
 
 
 def mixture_shapes(mixture: MixtureConfig, hidden_size: int) -> dict[str, tuple[int, ...]]:

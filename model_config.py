@@ -13,6 +13,8 @@ The families are one model whose variants are fields:
     Qwen3MoeForCausalLM    Qwen3's attention and mixtures
     Dots1ForCausalLM       Qwen3's attention and DeepSeek-V3's mixtures
     Glm4MoeForCausalLM     the same mixtures; half of each head's dims are rotated, biases and head norms as config.json says
+    DeepseekV2ForCausalLM  latent attention, see latent_config.py, and DeepSeek-V2's mixtures
+    DeepseekV3ForCausalLM  latent attention and DeepSeek-V3's mixtures
 """
 
 from __future__ import annotations
@@ -23,52 +25,33 @@ from pathlib import Path
 from .config import ParallelConfig
 from .config_fields import Fields, shown
 from .errors import CheckpointError, TopologyError
+from .latent_config import LATENTS, LatentConfig, latent_shapes, read_latent
 from .mixture_config import DOTS1, GLM4_MOE, MIXTRAL, MIXTURES, QWEN2_MOE, QWEN3_MOE, MixtureConfig, mixture_shapes, read_mixture
-from .safetensors_files import find_tensors, read_json_object, read_safetensors_header
+from .model_sizes import MAX_HEADS, MAX_LAYERS, ModelSizes, read_dtype, read_eos, refuse_quantized
+from .rope_config import RopeScaling, read_rope
+from .safetensors_files import find_tensors, has_tensors, read_json_object, read_safetensors_header
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 ARCHITECTURES = (LLAMA, MISTRAL, QWEN2, QWEN3, *MIXTURES)
-CONFIG_DTYPES = ("float32", "float16", "bfloat16")
 STORED_DTYPES = ("F32", "F16", "BF16")
-_MAX_LAYERS, _MAX_HEADS = 10_000, 1 << 16  # what follows from them is listed before a tensor is looked at
-_HEAD_BIASES = (LLAMA, QWEN3, QWEN3_MOE, DOTS1)  # attention_bias is that of all four projections
+_HEAD_BIASES = (LLAMA, QWEN3, QWEN3_MOE, DOTS1, *LATENTS)  # attention_bias is that of all four projections
 _HEAD_NORMS = (QWEN3, QWEN3_MOE, DOTS1)
 _WINDOW_FLAG = (QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE)  # sliding_window counts with use_sliding_window only
 _DEFAULT_WINDOWS = dict.fromkeys((MISTRAL, QWEN3_MOE, DOTS1), 4096)
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for long contexts; ``kind`` is "linear" or "llama3", the last three are llama3's."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
-
-
-@dataclass(frozen=True)
-class ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ModelSizes):
     """The sizes and variants of one model of the Llama family, under the names of config.json.
 
     ``attention_bias`` is the bias of q, k and v, ``output_bias`` that of the attention's output projection, ``qk_norm`` a norm
     on each head of q and k; the first ``rotary_dim`` dims of a head are rotated. With ``sliding_window`` W a token sees the W
-    latest positions, its own included. ``dtype`` is the one the checkpoint asks for. ``eos_token_ids`` are those of config.json and
-    generation_config.json together. The layers that ``mixture`` names have a mixture of experts where the others have an MLP of
-    width ``intermediate_size``.
+    latest positions, its own included. The MLPs have width ``intermediate_size``. With ``latent`` the attention is latent attention,
+    ``num_kv_heads`` is 1 and ``head_dim`` that of queries and keys.
     """
 
-    architecture: str
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rotary_dim: int
-    max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None
@@ -78,9 +61,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
-    dtype: str
-    eos_token_ids: tuple[int, ...]
-    mixture: MixtureConfig | None = None
+    latent: LatentConfig | None = None
 
     def mixture_of(self, layer: int) -> MixtureConfig | None:
         """Return the mixture that a layer has, None where it has an MLP."""
@@ -99,14 +80,17 @@ def read_model_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     fields = Fields(read_json_object(path), str(path))
     architecture = _read_architecture(fields)
-    _refuse_unsupported(fields)
-    num_heads, num_kv_heads, head_dim = _read_heads(fields, architecture)
-    rotary_dim, theta, scaling = _read_rope(fields, architecture, head_dim)
+    _refuse_unsupported(fields, architecture)
+    latent = read_latent(fields, architecture) if architecture in LATENTS else None
+    num_heads, num_kv_heads, head_dim = _read_heads(fields, architecture) if latent is None else _read_latent_heads(fields, latent)
+    rotary_dim, theta, scaling = read_rope(
+        fields,
+        head_dim if latent is None else latent.rope_dim,
+        theta=1e6 if architecture == MIXTRAL else 1e4,
+        part=0.5 if architecture == GLM4_MOE else None,
+    )
     output_bias = architecture in _HEAD_BIASES and fields.flag("attention_bias")
-    dtype = fields.get("dtype", fields.get("torch_dtype", "float32"))
-    if dtype not in CONFIG_DTYPES:
-        raise CheckpointError(f"{path}: dtype is {shown(dtype)}; supported are {', '.join(CONFIG_DTYPES)}")
-    num_layers = fields.whole("num_hidden_layers", high=_MAX_LAYERS)
+    num_layers = fields.whole("num_hidden_layers", high=MAX_LAYERS)
     return ModelConfig(
         architecture=architecture,
         vocab_size=fields.whole("vocab_size"),
@@ -127,9 +111,10 @@ def read_model_config(directory: Path) -> ModelConfig:
         mlp_bias=architecture == LLAMA and fields.flag("mlp_bias"),
         qk_norm=architecture in _HEAD_NORMS or (architecture == GLM4_MOE and fields.flag("use_qk_norm")),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        dtype=str(dtype),
-        eos_token_ids=_read_eos(directory, fields),
-        mixture=read_mixture(fields, architecture, num_layers, find_tensors(directory)) if architecture in MIXTURES else None,
+        dtype=read_dtype(fields),
+        eos_token_ids=read_eos(directory, fields),
+        mixture=_read_mixture(directory, fields, architecture, num_layers) if architecture in MIXTURES else None,
+        latent=latent,
     )
 
 
@@ -141,24 +126,41 @@ def _read_architecture(fields: Fields) -> str:
     raise CheckpointError(f"{fields.where}: architectures is {shown(names)}; supported are {', '.join(ARCHITECTURES)}")
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    if fields.values.get("quantization_config") is not None:
-        raise CheckpointError(f"{fields.where} has a quantization_config; quantized weights are not supported, use a float checkpoint")
+def _refuse_unsupported(fields: Fields, architecture: str) -> None:
+    refuse_quantized(fields)
     activation = fields.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"{fields.where}: hidden_act is {shown(activation)}; only 'silu' is supported")
+    if architecture in LATENTS and fields.flag("mlp_bias"):
+        raise CheckpointError(f"{fields.where}: mlp_bias is true; experts with biases are not supported")
 
 
 def _read_heads(fields: Fields, architecture: str) -> tuple[int, int, int]:
-    num_heads = fields.whole("num_attention_heads", high=_MAX_HEADS)
+    num_heads = fields.whole("num_attention_heads", high=MAX_HEADS)
     # Only Llama's own default is "as many as heads"; the other families always write the field.
-    num_kv_heads = fields.whole("num_key_value_heads", num_heads if architecture == LLAMA else None, high=_MAX_HEADS)
+    num_kv_heads = fields.whole("num_key_value_heads", num_heads if architecture == LLAMA else None, high=MAX_HEADS)
     if num_heads % num_kv_heads:
         raise CheckpointError(f"{fields.where}: num_key_value_heads {num_kv_heads} does not divide num_attention_heads {num_heads}")
     head_dim = fields.whole("head_dim", 128 if architecture == QWEN3 else fields.whole("hidden_size") // num_heads)
     if head_dim % 2:
         raise CheckpointError(f"{fields.where}: head_dim is {head_dim}; rotary embedding needs an even one")
     return num_heads, num_kv_heads, head_dim
+
+
+def _read_latent_heads(fields: Fields, latent: LatentConfig) -> tuple[int, int, int]:
+    """The latent counts as one KV head."""
+    num_heads = fields.whole("num_attention_heads", high=MAX_HEADS)
+    num_kv_heads = fields.whole("num_key_value_heads", num_heads)
+    if num_kv_heads != num_heads:
+        raise CheckpointError(
+            f"{fields.where}: num_key_value_heads is {num_kv_heads}; latent attention has one for each of the {num_heads} heads"
+        )
+    return num_heads, 1, latent.head_dim
+
+
+def _read_mixture(directory: Path, fields: Fields, architecture: str, num_layers: int) -> MixtureConfig:
+    stored = find_tensors(directory) if has_tensors(directory) else {}  # without them config.json can still be read
+    return read_mixture(fields, architecture, num_layers, stored)
 
 
 def _has_qkv_bias(fields: Fields, architecture: str) -> bool:
@@ -168,42 +170,8 @@ def _has_qkv_bias(fields: Fields, architecture: str) -> bool:
     return architecture == QWEN2 or (architecture == GLM4_MOE and fields.flag("attention_bias"))
 
 
-def _read_rotary_dim(fields: Fields, rope: Fields, architecture: str, head_dim: int) -> int:
-    is_partial = architecture == GLM4_MOE
-    factor = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 0.5 if is_partial else 1.0))
-    if factor == 1:
-        return head_dim
-    rotary_dim = int(head_dim * min(factor, 2.0))
-    if not is_partial or not 2 <= rotary_dim < head_dim or rotary_dim % 2:
-        wanted = f"an even number of a head's {head_dim} dims must be rotated" if is_partial else "only 1 is supported"
-        raise CheckpointError(f"{fields.where}: partial_rotary_factor is {factor}; {wanted}")
-    return rotary_dim
-
-
-def _read_rope(fields: Fields, architecture: str, head_dim: int) -> tuple[int, float, RopeScaling | None]:
-    """Return how many dims of a head are rotated, theta and the scaling.
-
-    Transformers 5 writes one object ``rope_parameters``; older files have ``rope_theta`` beside ``rope_scaling``.
-    """
-    rope = fields.object("rope_parameters" if fields.values.get("rope_parameters") is not None else "rope_scaling")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 1e6 if architecture == MIXTRAL else 1e4))
-    rotary_dim = _read_rotary_dim(fields, rope, architecture, head_dim)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return rotary_dim, theta, None
-    if kind == "linear":
-        return rotary_dim, theta, RopeScaling("linear", rope.number("factor"))
-    if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if not low < high:
-            raise CheckpointError(f"{rope.where}: low_freq_factor {low} must be below high_freq_factor {high}")
-        positions = rope.whole("original_max_position_embeddings")
-        return rotary_dim, theta, RopeScaling("llama3", rope.number("factor"), low, high, positions)
-    raise CheckpointError(f"{rope.where}: rope_type is {shown(kind)}; supported are default, linear, llama3")
-
-
 def _read_sliding_window(fields: Fields, architecture: str, num_layers: int) -> int | None:
-    if architecture in (LLAMA, GLM4_MOE) or (architecture in _WINDOW_FLAG and not fields.flag("use_sliding_window")):
+    if architecture in (LLAMA, GLM4_MOE, *LATENTS) or (architecture in _WINDOW_FLAG and not fields.flag("use_sliding_window")):
         return None
     default = _DEFAULT_WINDOWS.get(architecture)
     if fields.values.get("sliding_window", default) is None:  # a null that is written means none, whatever the default
@@ -231,21 +199,6 @@ def _default_layer_types(fields: Fields, architecture: str, num_layers: int) -> 
     return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
 
-def _read_eos(directory: Path, fields: Fields) -> tuple[int, ...]:
-    sources = [fields]
-    path = directory / "generation_config.json"
-    if path.exists():
-        sources.insert(0, Fields(read_json_object(path), str(path)))
-    found: dict[int, None] = {}  # a dict keeps the order, and every rank must see the same one
-    for source in sources:
-        value = source.get("eos_token_id", [])
-        for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 1 << 31:
-                raise CheckpointError(f"{source.where}: eos_token_id is {shown(value)}; it must be a token id or a list of them")
-            found[token] = None
-    return tuple(found)
-
-
 def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
     """Check that ``tp`` ranks can share each layer; experts are placed whole, in any number.
 
@@ -266,20 +219,21 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
         )
 
 
-def check_expert_parallel(config: ModelConfig, parallel: ParallelConfig) -> None:
-    """Check that ``ep`` is 1 or tp, where each replica has all experts, or dp * tp, where all replicas share them.
+def check_expert_parallel(config: ModelSizes, parallel: ParallelConfig) -> None:
+    """Check that ``ep`` is 1 or tp, where each replica has all experts, or tp times the replicas that share them, which divide dp.
 
     Raises:
         TopologyError: another ``ep``, or one above 1 of a model without experts.
     """
-    works = (1,) if config.mixture is None else (1, parallel.tp, parallel.dp * parallel.tp)
+    shares = [parallel.tp * count for count in range(1, parallel.dp + 1) if parallel.dp % count == 0]
+    works = (1,) if config.mixture is None else (1, *shares)
     if parallel.ep not in works:
-        what = "has no experts" if config.mixture is None else "spreads experts over the tp ranks of each replica, or over all replicas"
+        what = "has no experts" if config.mixture is None else "spreads experts over the tp ranks of each replica, or of several"
         choices = " or ".join(map(str, dict.fromkeys(works)))
         raise TopologyError(f"ep is {parallel.ep}, and the model {what}: with tp {parallel.tp} and dp {parallel.dp} choose {choices}")
 
 
-def shares_experts(config: ModelConfig, parallel: ParallelConfig) -> bool:
+def shares_experts(config: ModelSizes, parallel: ParallelConfig) -> bool:
     """Return whether the experts are spread over several replicas, which then compute in lockstep."""
     return config.mixture is not None and parallel.ep > parallel.tp
 
@@ -297,34 +251,40 @@ def _shared_widths(config: ModelConfig) -> dict[str, int]:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the full shape of every tensor that the checkpoint must hold, by its Hugging Face name."""
     hidden, width = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    attention = {
-        "self_attn.q_proj": (q_rows, hidden, config.attention_bias),
-        "self_attn.k_proj": (kv_rows, hidden, config.attention_bias),
-        "self_attn.v_proj": (kv_rows, hidden, config.attention_bias),
-        "self_attn.o_proj": (hidden, q_rows, config.output_bias),
-    }
+    common = {**_attention_shapes(config), "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     mlp = {
-        "mlp.gate_proj": (width, hidden, config.mlp_bias),
-        "mlp.up_proj": (width, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, width, config.mlp_bias),
+        **_linear_shapes("mlp.gate_proj", width, hidden, has_bias=config.mlp_bias),
+        **_linear_shapes("mlp.up_proj", width, hidden, has_bias=config.mlp_bias),
+        **_linear_shapes("mlp.down_proj", hidden, width, has_bias=config.mlp_bias),
     }
     for layer in range(config.num_layers):
-        prefix, mixture = f"model.layers.{layer}.", config.mixture_of(layer)
-        for name, (rows, columns, has_bias) in ({**attention, **mlp} if mixture is None else attention).items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{name}.weight"] = (hidden,)
-        for name in ("self_attn.q_norm", "self_attn.k_norm") if config.qk_norm else ():
-            shapes[f"{prefix}{name}.weight"] = (config.head_dim,)
-        if mixture is not None:
-            shapes.update((f"{prefix}{name}", shape) for name, shape in mixture_shapes(mixture, hidden).items())
+        mixture = config.mixture_of(layer)
+        parts = {**common, **(mlp if mixture is None else mixture_shapes(mixture, hidden))}
+        shapes.update((f"model.layers.{layer}.{name}", shape) for name, shape in parts.items())
     return shapes
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one layer's attention, by their names within the layer."""
+    hidden = config.hidden_size
+    if config.latent is not None:
+        return latent_shapes(config.latent, config.num_heads, hidden, has_bias=config.attention_bias)
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        **_linear_shapes("self_attn.q_proj", q_rows, hidden, has_bias=config.attention_bias),
+        **_linear_shapes("self_attn.k_proj", kv_rows, hidden, has_bias=config.attention_bias),
+        **_linear_shapes("self_attn.v_proj", kv_rows, hidden, has_bias=config.attention_bias),
+        **_linear_shapes("self_attn.o_proj", hidden, q_rows, has_bias=config.output_bias),
+        **({"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)} if config.qk_norm else {}),
+    }
+
+
+def _linear_shapes(name: str, rows: int, columns: int, *, has_bias: bool) -> dict[str, tuple[int, ...]]:
+    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return {**weight, f"{name}.bias": (rows,)} if has_bias else weight
 
 
 def check_checkpoint(directory: Path, config: ModelConfig) -> None:

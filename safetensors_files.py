@@ -60,6 +60,11 @@ def find_tensors(directory: Path) -> dict[str, Path]:
     return {name: _indexed_file(index, file) for name, file in weight_map.items()}
 
 
+def has_tensors(directory: Path) -> bool:
+    """Return whether there is a file in which ``find_tensors`` looks."""
+    return (directory / SINGLE_FILE).exists() or (directory / INDEX_FILE).exists()
+
+
 def _explain_no_files(directory: Path) -> str:
     pickles = sorted(path.name for path in directory.glob("*") if path.suffix in _PICKLES)
     if pickles:

@@ -1,11 +1,13 @@
 """Causal attention over the paged KV cache, behind an interface that a GPU backend can fill.
 
-The rows of a step are packed: the chunks first, one after another, then one row for each decoding sequence. A layer's cache is a
+The rows of a step are packed: the chunks first, one after another, then the decode rows, each one token of a sequence, or several where
+drafts are verified. A layer's cache is a
 ``KvLayer``, a tensor [blocks, 2K, P, E]: in a block the P positions of each head's keys, then those of its values. So the context of
 a head is read a block at a time, P * E numbers in a row, and what is read needs no transposing. Block 0 belongs to no sequence, and
 padding points there.
 
-T tokens, D decode rows, B blocks of a context, C positions of it, P positions in a block, H heads, K kv heads, G = H / K, E head dim.
+T tokens, D decode rows, Q tokens of the longest of them, B blocks of a context, C positions of it, P positions in a block, H heads,
+K kv heads, G = H / K, E head dim.
 """
 
 from __future__ import annotations
@@ -58,6 +60,21 @@ class ChunkSpan:
 
 
 @dataclass(frozen=True)
+class RowSpread:
+    """How decode rows of several tokens, packed one row after another, lie in a rectangle of D rows and Q columns.
+
+    Args:
+        width: Q, at least 2.
+        sources: int64 [D, Q], which of the packed tokens stands at each place; a short row's last one fills it up.
+        places: int64 [number of tokens], in the flattened rectangle, of each packed token.
+    """
+
+    width: int
+    sources: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionInputs:
     """Where the tokens of a step lie in the KV cache; the same for every layer.
 
@@ -67,10 +84,13 @@ class AttentionInputs:
         max_length: positions of the longest context, known without asking the device.
         write_blocks, write_places: int64 [T], the KV block of each token and its place in it.
         chunks: the prompt parts, in the order of their rows, from row 0 without gaps.
-        decode_start: rows from here to T are one token of one sequence each.
+        decode_start: rows from here to T are decode rows.
         decode_blocks: int64 [D, B], the blocks of each decode row's context, padded with 0.
-        decode_lengths: int64 [D], the context length of each decode row, its own token included; at least 1.
-        repeats_decodes: the decode rows are those of the step before with these caches, each one token longer, and there are no chunks.
+        decode_lengths: int64 [D], the context length of each decode row's first token, itself included; at least 1. Each further token
+            sees one position more.
+        decode_spread: the tokens of each decode row; None where each has one.
+        repeats_decodes: the decode rows are those of the step before with these caches, and each goes on within or right behind the
+            positions that it had there; there are no chunks.
     """
 
     block_size: int
@@ -82,12 +102,18 @@ class AttentionInputs:
     decode_start: int
     decode_blocks: Tensor
     decode_lengths: Tensor
+    decode_spread: RowSpread | None = None
     repeats_decodes: bool = False
 
     @property
     def num_decodes(self) -> int:
         """D."""
         return self.decode_lengths.shape[0]
+
+    @property
+    def decode_width(self) -> int:
+        """Q."""
+        return 1 if self.decode_spread is None else self.decode_spread.width
 
 
 AttendLayer = Callable[[Tensor, Tensor, KvLayer], Tensor]
@@ -184,19 +210,35 @@ class PagedAttention:
     def _begin_decodes(self, inputs: AttentionInputs) -> AttendLayer:
         if not self.has_plain_decode:
             return self._begin_fused_decodes(inputs)
-        start, num_groups = inputs.decode_start, inputs.num_decodes * self.num_kv_heads
-        context = inputs.decode_blocks.shape[1] * inputs.block_size
+        num_groups, context = inputs.num_decodes * self.num_kv_heads, inputs.decode_blocks.shape[1] * inputs.block_size
         extend = self._begin_contexts(inputs)
-        mask = self._decode_mask(inputs, context).expand(-1, self.num_kv_heads, -1, -1).flatten(0, 1)  # [D * K, 1, C]
+        mask = self._decode_mask(inputs, context).expand(-1, self.num_kv_heads, -1, -1).flatten(0, 1)  # [D * K, 1 or Q * G, C]
 
         def attend_decodes(query: Tensor, keys_values: Tensor, layer: KvLayer) -> Tensor:
             keys, values = extend(keys_values, layer)  # [D * K, at least C, E]
-            # The G heads that share a KV head stand as G query rows: less to read than enable_gqa has.
-            queries = query[start:].reshape(num_groups, self.group_size, self.head_dim)
+            queries = self._group_queries(query, inputs).reshape(num_groups, -1, self.head_dim)
             scores = torch.baddbmm(mask, queries, keys[:, :context].transpose(1, 2), alpha=self.scale)
-            return torch.bmm(scores.softmax(-1), values[:, :context]).view(inputs.num_decodes, -1)
+            return self._ungroup(torch.bmm(scores.softmax(-1), values[:, :context]), inputs)
 
         return attend_decodes
+
+    def _group_queries(self, query: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Return the queries of the decode rows, [D, K, Q * G, E]: the heads that share a KV head stand as rows, less to read than
+        enable_gqa has."""
+        rows, spread = query[inputs.decode_start :], inputs.decode_spread
+        shape = (inputs.num_decodes, self.num_kv_heads, -1, self.head_dim)
+        if spread is None:
+            return rows.reshape(shape)
+        spaced = rows.index_select(0, spread.sources.flatten())
+        return spaced.view(inputs.num_decodes, spread.width, self.num_kv_heads, self.group_size, -1).transpose(1, 2).reshape(shape)
+
+    def _ungroup(self, out: Tensor, inputs: AttentionInputs) -> Tensor:
+        """Return [tokens of the decode rows, H * E] of what was computed for ``_group_queries``."""
+        spread = inputs.decode_spread
+        if spread is None:
+            return out.reshape(inputs.num_decodes, -1)
+        spaced = out.view(inputs.num_decodes, self.num_kv_heads, spread.width, self.group_size, self.head_dim)
+        return spaced.transpose(1, 2).reshape(inputs.num_decodes * spread.width, -1).index_select(0, spread.places)
 
     def _begin_contexts(self, inputs: AttentionInputs) -> Callable[[Tensor, KvLayer], tuple[Tensor, ...]]:
         """Return what gives a layer's keys and values of the decode rows, each [D * K, at least C, E]."""
@@ -218,10 +260,12 @@ class PagedAttention:
         return gather
 
     def _begin_extension(self, inputs: AttentionInputs, capacity: int) -> Callable[[Tensor, KvLayer], tuple[Tensor, ...]]:
-        """Return what writes the new position of each decode row into a layer's kept contexts [2, D, K, capacity, E]."""
+        """Return what writes the new positions of each decode row into a layer's kept contexts [2, D, K, capacity, E]."""
         num_rows, heads = inputs.num_decodes, self.num_kv_heads
         firsts = torch.arange(0, 2 * num_rows * heads * capacity, capacity).view(2, num_rows, heads).transpose(0, 1).flatten(1)  # [D, 2K]
-        places = firsts.add_(inputs.decode_lengths[:, None] - 1)
+        if inputs.decode_spread is not None:
+            firsts = firsts.index_select(0, inputs.decode_spread.places // inputs.decode_spread.width)
+        places = firsts.add_(inputs.positions[:, None])  # [T, 2K]
 
         def extend(keys_values: Tensor, layer: KvLayer) -> tuple[Tensor, ...]:
             layer.contexts.view(-1, self.head_dim).index_put_((places,), keys_values)
@@ -233,13 +277,12 @@ class PagedAttention:
         """The same with ``scaled_dot_product_attention``."""
         read_rows, context = self._decode_rows(inputs, 0)
         mask = self._decode_mask(inputs, context)
-        start, num_rows = inputs.decode_start, inputs.num_decodes
 
         def attend_decodes(query: Tensor, keys_values: Tensor, layer: KvLayer) -> Tensor:
             gathered = self._gather_shared(layer, read_rows)
-            keys, values = gathered.view(2, num_rows, self.num_kv_heads, -1, self.head_dim).unbind()
-            grouped = query[start:].reshape(num_rows, self.num_kv_heads, self.group_size, self.head_dim)
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
+            keys, values = gathered.view(2, inputs.num_decodes, self.num_kv_heads, -1, self.head_dim).unbind()
+            out = F.scaled_dot_product_attention(self._group_queries(query, inputs), keys, values, attn_mask=mask)
+            return self._ungroup(out, inputs)
 
         return attend_decodes
 
@@ -269,13 +312,16 @@ class PagedAttention:
         return torch.index_select(layer.blocks, 0, rows, out=self._shared[:size].view(len(rows), -1))
 
     def _decode_mask(self, inputs: AttentionInputs, context: int) -> Tensor:
-        """Additive [D, 1, 1, C]."""
-        lengths = inputs.decode_lengths[:, None]
+        """Additive [D, 1, 1, C], or where decode rows have several tokens [D, 1, Q * G, C]."""
+        lengths, width = inputs.decode_lengths[:, None], inputs.decode_width
         places = torch.arange(context, device=lengths.device)
+        if width > 1:
+            lengths = lengths[:, None] + torch.arange(width, device=lengths.device)[:, None]  # [D, Q, 1]
         hidden = places >= lengths
         if self.sliding_window is not None:
             hidden |= places < lengths - self.sliding_window
-        return self._additive(hidden)[:, None, None]
+        mask = self._additive(hidden)[:, None]
+        return mask[:, None] if width == 1 else mask.repeat_interleave(self.group_size, 2)
 
     def _chunk_mask(self, chunk: ChunkSpan) -> Tensor | None:
         """Additive [rows, C]; None where plain causality over the chunk's own rows says it all."""

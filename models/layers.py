@@ -96,11 +96,17 @@ class RmsNorm(ShardedModule):
 
 @dataclass(frozen=True)
 class ColumnPart:
-    """Rows [start, start + num_rows) of the checkpoint's linear ``name``, the share of one rank."""
+    """Rows of the checkpoint's linear ``name``: ``num_rows`` of them from ``start`` on, every ``step``-th."""
 
     name: str
     start: int
     num_rows: int
+    step: int = 1
+
+    @property
+    def source(self) -> slice:
+        """Where they lie in the checkpoint's tensor."""
+        return slice(self.start, self.start + (self.num_rows - 1) * self.step + 1, self.step)
 
 
 class ColumnParallelLinear(ShardedModule):
@@ -123,10 +129,10 @@ class ColumnParallelLinear(ShardedModule):
     def shards(self) -> Iterator[WeightShard]:
         at = 0
         for part in self.parts:
-            rows, source = slice(at, at + part.num_rows), slice(part.start, part.start + part.num_rows)
-            yield WeightShard(f"{part.name}.weight", self.weight, rows, (source, slice(None)))
+            rows = slice(at, at + part.num_rows)
+            yield WeightShard(f"{part.name}.weight", self.weight, rows, (part.source, slice(None)))
             if self.bias is not None:
-                yield WeightShard(f"{part.name}.bias", self.bias, rows, (source,))
+                yield WeightShard(f"{part.name}.bias", self.bias, rows, (part.source,))
             at += part.num_rows
 
     def forward(self, x: Tensor) -> Tensor:

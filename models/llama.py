@@ -1,4 +1,5 @@
-"""The Llama family on one tensor-parallel rank; its variants (Llama 2 and 3, Mistral, Qwen2, Qwen3, mixtures) are fields of ModelConfig.
+"""The Llama family on one tensor-parallel rank; its variants (Llama 2 and 3, Mistral, Qwen2, Qwen3, mixtures, DeepSeek) are fields of
+ModelConfig.
 
     token ids -> embedding -> [ + attention(norm) -> + mlp(norm) ] * layers -> norm -> hidden -> head -> logits of this rank's tokens
                  all-reduce       all-reduce      all-reduce
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from ..model_config import ModelConfig, check_tensor_parallel
 from .attention import AttendLayer, AttentionBackend, AttentionInputs, KvLayer, PagedAttention
 from .communicator import Communicator
-from .expert_axis import ExpertAxis, ReplicaCommunicator
+from .deepseek import DeepseekAttention, build_latent_backend
+from .expert_axis import ExpertAxis
+from .latent_attention import LatentLayer
+from .latent_expansion import LatentExpansion
 from .layers import ColumnParallelLinear, ColumnPart, RmsNorm, RowParallelLinear, ShardedModule, VocabParallelTable, WeightShard
 from .moe import Mixture, build_mlp
 from .rope import RotaryEmbedding, rotate_
@@ -90,7 +94,8 @@ class LlamaLayer(nn.Module):
         super().__init__()
         prefix, size, eps = f"model.layers.{index}", config.hidden_size, config.rms_norm_eps
         self.attention_norm = RmsNorm(f"{prefix}.input_layernorm", size, eps, dtype=dtype, device=device)
-        self.attention = LlamaAttention(f"{prefix}.self_attn", config, communicator, dtype=dtype, device=device)
+        attention = LlamaAttention if config.latent is None else DeepseekAttention
+        self.attention = attention(f"{prefix}.self_attn", config, communicator, dtype=dtype, device=device)
         self.mlp_norm = RmsNorm(f"{prefix}.post_attention_layernorm", size, eps, dtype=dtype, device=device)
         self.mlp = build_mlp(config, index, communicator, axis, dtype=dtype, device=device)
 
@@ -116,7 +121,7 @@ class LlamaModel(nn.Module):
         dtype: of weights, activations and KV cache.
         device: where they live.
         layers: those of this rank's pipeline stage; None stands for all. The first stage embeds, the last has norm and head.
-        replicas: the data-parallel axis, where the experts are spread over all replicas; None where each replica has all of them.
+        expert_axis: the ranks that the experts are spread over; None stands for those of ``communicator``.
 
     Raises:
         TopologyError: the communicator's size does not fit the heads or the MLP.
@@ -130,7 +135,7 @@ class LlamaModel(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         layers: range | None = None,
-        replicas: ReplicaCommunicator | None = None,
+        expert_axis: ExpertAxis | None = None,
     ) -> None:
         check_tensor_parallel(config, communicator.size)
         super().__init__()
@@ -139,6 +144,7 @@ class LlamaModel(nn.Module):
         self.config = config
         self.dtype = dtype
         self.device = device
+        self.num_heads = config.num_heads // communicator.size
         self.num_kv_heads = max(1, config.num_kv_heads // communicator.size)
         build_table = functools.partial(
             VocabParallelTable,
@@ -149,7 +155,7 @@ class LlamaModel(nn.Module):
             device=device,
         )
         self.embedding = build_table("model.embed_tokens") if is_first else None
-        self.expert_axis = ExpertAxis(communicator, replicas)
+        self.expert_axis = expert_axis or ExpertAxis(communicator)
         own_layers = [LlamaLayer(i, config, communicator, self.expert_axis, dtype=dtype, device=device) for i in layers]
         self.layers = nn.ModuleList(own_layers)
         self._run_layers = [layer.forward for layer in own_layers]
@@ -159,14 +165,20 @@ class LlamaModel(nn.Module):
             is_shared = config.tie_word_embeddings and self.embedding is not None
             self.head = self.embedding if is_shared else build_table("model.embed_tokens" if config.tie_word_embeddings else "lm_head")
         self.rotary = RotaryEmbedding(config, dtype=dtype, device=device)
-        self.attention: AttentionBackend = PagedAttention(
-            config.num_heads // communicator.size,
+        self.attention = self._build_attention()
+
+    def _build_attention(self) -> AttentionBackend:
+        config = self.config
+        if config.latent is not None:
+            return build_latent_backend(config, self.num_heads, dtype=self.dtype, device=self.device)
+        return PagedAttention(
+            self.num_heads,
             self.num_kv_heads,
             config.head_dim,
-            len(layers),
+            len(self.layers),
             sliding_window=config.sliding_window,
-            dtype=dtype,
-            device=device,
+            dtype=self.dtype,
+            device=self.device,
         )
 
     def forward(self, token_ids: Tensor, inputs: AttentionInputs, kv_cache: Sequence[KvLayer], hidden: Tensor | None = None) -> Tensor:
@@ -219,6 +231,9 @@ class LlamaModel(nn.Module):
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> list[KvLayer]:
         """Return the cache of each layer."""
+        if self.config.latent is not None:
+            expansions = [module for module in self.modules() if isinstance(module, LatentExpansion)]  # of each layer, in order
+            return [LatentLayer(num_blocks, block_size, expansion, dtype=self.dtype, device=self.device) for expansion in expansions]
         shape = (num_blocks, self.num_kv_heads, block_size, self.config.head_dim)
         return [KvLayer(*shape, dtype=self.dtype, device=self.device) for _ in self.layers]
 
@@ -236,7 +251,9 @@ class LlamaModel(nn.Module):
 
     def kv_bytes_per_block(self, block_size: int) -> int:
         """Return the bytes that one block takes on this rank, over all its layers."""
-        return len(self.layers) * 2 * block_size * self.num_kv_heads * self.config.head_dim * self.dtype.itemsize
+        latent = self.config.latent
+        numbers = 2 * self.num_kv_heads * self.config.head_dim if latent is None else latent.cached_size  # of a position in a layer
+        return len(self.layers) * block_size * numbers * self.dtype.itemsize
 
     def shards(self) -> Iterator[WeightShard]:
         """Say which parts of the checkpoint fill which parameters of this rank."""

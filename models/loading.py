@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
-from ..model_config import check_checkpoint
+from ..model_config import ModelConfig, check_checkpoint
 from ..safetensors_files import find_tensors as find_tensors
+from .causal_model import CausalModel
 from .layers import WeightShard
-from .llama import LlamaModel
 
 
-def load_weights(model: LlamaModel, directory: Path, *, progress: Callable[[int, int], None]) -> None:
+def load_weights(model: CausalModel, directory: Path, *, progress: Callable[[int, int], None]) -> None:
     """Fill every parameter of ``model`` from the checkpoint in ``directory``.
 
     Tensors that the model does not have are left unread.
@@ -30,20 +30,33 @@ def load_weights(model: LlamaModel, directory: Path, *, progress: Callable[[int,
     Raises:
         CheckpointError: see ``check_checkpoint``; or a parameter that would not be filled exactly once.
     """
-    check_checkpoint(directory, model.config)
+    if isinstance(model.config, ModelConfig):  # any other has been compared with its checkpoint when it was built
+        check_checkpoint(directory, model.config)
     shards = list(model.shards())
     _check_filled_once(model, shards)
-    files = find_tensors(directory)
+    done_bytes, total_bytes = 0, sum(parameter.nbytes for parameter in model.parameters())
+    for size_bytes in read_shards(shards, find_tensors(directory)):
+        done_bytes += size_bytes
+        progress(done_bytes, total_bytes)
+
+
+def read_shards(shards: Iterable[WeightShard], files: Mapping[str, Path]) -> Iterator[int]:
+    """Fill the rows of each shard and yield how many bytes they have, one file after another.
+
+    Args:
+        files: of every tensor, as ``find_tensors`` returns them.
+
+    Raises:
+        CheckpointError: a file that cannot be read; names it.
+    """
     by_file: dict[Path, list[WeightShard]] = defaultdict(list)
     for shard in shards:
         by_file[files[shard.name]].append(shard)
-    done_bytes, total_bytes = 0, sum(parameter.nbytes for parameter in model.parameters())
     for path, wanted in by_file.items():
         try:
             with safe_open(path, framework="pt") as file:
                 for shard in wanted:
-                    done_bytes += _fill(shard, file)
-                    progress(done_bytes, total_bytes)
+                    yield _fill(shard, file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read {path}: {error}; download it again") from error
 
@@ -59,7 +72,7 @@ def _fill(shard: WeightShard, file: Any) -> int:
     return target.nbytes
 
 
-def _check_filled_once(model: LlamaModel, shards: Iterable[WeightShard]) -> None:
+def _check_filled_once(model: CausalModel, shards: Iterable[WeightShard]) -> None:
     """The shards' rows must tile each parameter; anything else would compute with memory that was never written."""
     spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for shard in shards:

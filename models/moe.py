@@ -5,23 +5,27 @@
 
 Hidden states are the same on all ranks of the axis, so each routes every token, computes what its own experts add to it, and one
 all-reduce sums the ranks' parts, the shared expert's among them: what a dense MLP costs in collectives. Experts stay whole; their
-number need not divide evenly, and a rank may have none. Where all replicas share the experts, ``ExpertAxis`` has their tokens brought
-here first, and the parts back.
+number need not divide evenly, and a rank may have none. Where replicas share the experts, ``ExpertAxis`` has their tokens brought
+to them first, and the parts back.
 
 T tokens, D model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
+from ..expert_placement import Placement
 from ..mixture_config import MixtureConfig
 from ..model_config import ModelConfig
 from .communicator import Communicator
 from .expert_axis import ExpertAxis
+from .expert_copies import ExpertCopies
 from .experts import Experts
-from .layers import ColumnParallelLinear, ColumnPart
+from .layers import ColumnParallelLinear, ColumnPart, WeightShard
 from .mlp import GatedMlp
 from .routing import Router
 
@@ -32,7 +36,8 @@ def build_mlp(
     """Return what a layer has behind its attention: a mixture where ``config`` says so, else an MLP."""
     prefix, size, mixture = f"model.layers.{layer}", config.hidden_size, config.mixture_of(layer)
     if mixture is not None:
-        return Mixture(f"{prefix}.{mixture.block_name}", mixture, size, communicator, axis, dtype=dtype, device=device)
+        placement = axis.placement(layer, mixture.num_experts)
+        return Mixture(f"{prefix}.{mixture.block_name}", mixture, size, communicator, axis, placement, dtype=dtype, device=device)
     return GatedMlp(f"{prefix}.mlp", size, config.intermediate_size, communicator, bias=config.mlp_bias, dtype=dtype, device=device)
 
 
@@ -45,6 +50,7 @@ class Mixture(nn.Module):
         in_size: D.
         communicator: the tensor-parallel axis, over which the shared expert is spread.
         axis: that of the experts.
+        placement: of the experts' copies.
         dtype: of the experts' weights.
         device: where they live.
     """
@@ -56,6 +62,7 @@ class Mixture(nn.Module):
         in_size: int,
         communicator: Communicator,
         axis: ExpertAxis,
+        placement: Placement,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -64,19 +71,33 @@ class Mixture(nn.Module):
         self.communicator = communicator
         self.axis = axis
         self.router = Router(f"{prefix}.gate", mixture, in_size, device=device)
-        self.experts = Experts(prefix, mixture, in_size, axis, dtype=dtype, device=device)
+        self.copies = ExpertCopies(placement, mixture.num_experts, device)
+        self.experts = Experts(prefix, mixture, in_size, axis, placement, dtype=dtype, device=device)
         self.shared = SharedExpert(prefix, mixture, in_size, communicator, dtype=dtype, device=device) if mixture.shared_size else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer adds to tokens ``x`` [T, D], summed over the ranks; T is 0 only where replicas share the experts."""
-        every = self.axis.gather(x)
-        weights, choices = self.router.forward(every)
-        out = self.axis.scatter(self.experts.forward(every, weights, choices))
+        out = self.axis.run(x, self._route, self.experts.forward)
         if not len(x):
             return out
         if self.shared is not None:
             out.add_(self.shared.forward(x))
         return self.communicator.all_reduce(out) if self.communicator.size > 1 else out
+
+    def _route(self, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        weights, experts = self.router.forward(x)
+        return weights, self.copies.choose(experts, first)
+
+    def stage(self, placement: Placement, fill: Callable[[Iterator[WeightShard]], None]) -> Callable[[], None]:
+        """Load what another placement asks for, and return the function that changes to it, as ``Experts.stage``."""
+        copies = ExpertCopies(placement, self.experts.mixture.num_experts, self.experts.device)
+        change_experts = self.experts.stage(placement, fill)
+
+        def change() -> None:
+            change_experts()
+            self.copies = copies
+
+        return change
 
     def pack(self, input_scale: Tensor | None) -> None:
         """Pack all products.

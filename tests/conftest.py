@@ -37,7 +37,9 @@ LONG_TIMEOUT_S = 3600.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give long tests the time that they need, unless they say themselves how much that is."""
+    """Give long tests the time that they need, unless they say how much that is, and put the files of those marked first in front."""
+    first = {item.path for item in items if item.get_closest_marker("first")}
+    items.sort(key=lambda item: item.path not in first)
     for item in items:
         if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_S))

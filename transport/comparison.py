@@ -50,7 +50,8 @@ class Comparison:
     Args:
         recording: what is replayed.
         ranks: whose answers count.
-        ignored: methods whose answers no replay repeats, such as how much memory is free.
+        ignored: methods whose answers no replay repeats, such as how much memory is free; and places in the answers of steps, such as
+            ``answer[4][1]``, where there are such values.
     """
 
     def __init__(self, recording: Recording, ranks: Sequence[int], ignored: Collection[str] = ()) -> None:
@@ -80,7 +81,7 @@ class Comparison:
             row.steps += 1
         else:
             row.calls += 1
-        difference = compare_answers(recorded, kind, body, buffers)
+        difference = compare_answers(recorded, kind, body, buffers, self._ignored if kind is ResultKind.OUTPUT else ())
         if difference is None:
             row.equal += 1
         elif row.is_equal:
@@ -108,8 +109,10 @@ class Comparison:
         return lines
 
 
-def compare_answers(recorded: Entry, kind: ResultKind, body: Buffer, buffers: Sequence[Buffer] = ()) -> str | None:
-    """Return None where an answer is the recorded one, bit for bit, else what differs first."""
+def compare_answers(
+    recorded: Entry, kind: ResultKind, body: Buffer, buffers: Sequence[Buffer] = (), ignored: Collection[str] = ()
+) -> str | None:
+    """Return None where an answer is the recorded one, bit for bit but for what stands at ``ignored`` places, else what differs first."""
     if recorded.code != kind:
         return f"recorded {_describe(recorded.code, recorded.body)}, replayed {_describe(kind, body)}"
     if kind in (ResultKind.CALL_ERROR, ResultKind.ERROR):
@@ -118,23 +121,25 @@ def compare_answers(recorded: Entry, kind: ResultKind, body: Buffer, buffers: Se
         return None if is_same else f"recorded {_describe(kind, recorded.body)}, replayed {_describe(kind, body)}"
     if bytes(recorded.body) == bytes(body) and len(recorded.buffers) == len(buffers) and all(map(_is_same, recorded.buffers, buffers)):
         return None
-    return first_difference(read_value(recorded), decode_value(body, buffers))
+    return first_difference(read_value(recorded), decode_value(body, buffers), ignored=ignored)
 
 
-def first_difference(recorded: Any, replayed: Any, path: str = "answer") -> str | None:
-    """Return where two values first differ in any bit, and how; None if nowhere.
+def first_difference(recorded: Any, replayed: Any, path: str = "answer", *, ignored: Collection[str] = ()) -> str | None:
+    """Return where two values first differ in any bit, and how; None if nowhere, or only at the ``ignored`` paths of items.
 
     The path reads like Python: ``answer["logits"][2, 5]: recorded 1.0, replayed 1.5``.
     """
+    if path in ignored:
+        return None
     arrays = as_array(recorded), as_array(replayed)
     if type(recorded) is not type(replayed):
         return f"{path}: recorded {_kind(recorded)}, replayed {_kind(replayed)}"
     if arrays[0] is not None and arrays[1] is not None:
         return _array_difference(arrays[0], arrays[1], path)
     if isinstance(recorded, dict):
-        return _dict_difference(recorded, replayed, path)
+        return _dict_difference(recorded, replayed, path, ignored)
     if isinstance(recorded, list):
-        return _list_difference(recorded, replayed, path)
+        return _list_difference(recorded, replayed, path, ignored)
     if isinstance(recorded, (str, bytes)) and recorded != replayed:
         at = next((i for i, (a, b) in enumerate(zip(recorded, replayed)) if a != b), min(len(recorded), len(replayed)))
         return f"{path}, from {at} on: recorded {_shown(recorded[at:])}, replayed {_shown(replayed[at:])}"
@@ -143,11 +148,11 @@ def first_difference(recorded: Any, replayed: Any, path: str = "answer") -> str 
     return None
 
 
-def _dict_difference(recorded: dict[Any, Any], replayed: dict[Any, Any], path: str) -> str | None:
+def _dict_difference(recorded: dict[Any, Any], replayed: dict[Any, Any], path: str, ignored: Collection[str]) -> str | None:
     for key, value in recorded.items():
         if key not in replayed:
             return f"{path} has no {_shown(key)} in the replay"
-        if difference := first_difference(value, replayed[key], f"{path}[{_quoted(key)}]"):
+        if difference := first_difference(value, replayed[key], f"{path}[{_quoted(key)}]", ignored=ignored):
             return difference
     for key in replayed:
         if key not in recorded:
@@ -157,9 +162,9 @@ def _dict_difference(recorded: dict[Any, Any], replayed: dict[Any, Any], path: s
     return None
 
 
-def _list_difference(recorded: list[Any], replayed: list[Any], path: str) -> str | None:
+def _list_difference(recorded: list[Any], replayed: list[Any], path: str, ignored: Collection[str]) -> str | None:
     for index, (one, other) in enumerate(zip(recorded, replayed)):
-        if difference := first_difference(one, other, f"{path}[{index}]"):
+        if difference := first_difference(one, other, f"{path}[{index}]", ignored=ignored):
             return difference
     if len(recorded) != len(replayed):
         return f"{path}: recorded {len(recorded)} items, replayed {len(replayed)}"

@@ -22,7 +22,7 @@ from ..errors import BadFrameError, WireVersionError
 if TYPE_CHECKING:
     import zmq
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 STEP_MAGIC = b"SZ"
 RESULT_MAGIC = b"RZ"
 STEP_TOPIC = b"S"

@@ -3,8 +3,10 @@
 A ``BatchStep`` names only what changed; applying the same steps in the same order gives the same state on every rank. Everything is a
 NumPy array indexed by slot, so that a step costs the same few array operations whatever the batch.
 
-    tokens      | prompt ............ | generated ..... |          one row a slot
+    tokens      | prompt ............ | generated ..... | drafts       one row a slot
                 ^0        ^num_computed                 ^num_tokens (known)
+
+Drafts of speculation stand behind the known tokens until it is decided which of them are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BadFrameError, InternalError
-from ..transport.batch import BatchStep, SlotAdd
+from ..transport.batch import BatchStep, SlotAdd, U8Array
 
 I64Array = npt.NDArray[np.int64]
 I32Array = npt.NDArray[np.int32]
@@ -49,7 +51,7 @@ _SAMPLING_FIELDS = (SAMPLING_DTYPE.names or ())[:-_NUM_DERIVED]
 
 @dataclass(frozen=True)
 class StepRows:
-    """The sequences that one step computes: its chunks in order, then its decode slots in order.
+    """The sequences that one step computes: its chunks in order, then its decode slots in order, each with its newest token and drafts.
 
     Args:
         slots: int64 [N].
@@ -57,7 +59,7 @@ class StepRows:
         num_tokens: int64 [N], how many positions it computes.
         ends: int64 [N], the position after each one's last.
         num_chunks: how many of the N are chunks.
-        repeats_decodes: there are no chunks, and the decode slots are those of the step before, which all have one token more.
+        repeats_decodes: there are no chunks, and the decode slots are those of the step before, which all go on where they were.
     """
 
     slots: I64Array
@@ -66,6 +68,13 @@ class StepRows:
     ends: I64Array
     num_chunks: int
     repeats_decodes: bool = False
+
+    @property
+    def num_drafts(self) -> I64Array:
+        """int64 [N], the tokens behind each one's newest; 0 for chunks."""
+        counts = self.num_tokens - 1
+        counts[: self.num_chunks] = 0
+        return counts
 
 
 class BatchState:
@@ -79,7 +88,7 @@ class BatchState:
 
     Attributes:
         is_live: bool [S], whether a sequence holds the slot; the other arrays mean nothing where it is False.
-        tokens: int32 [S, max_model_len + 1]. num_tokens, num_prompt, num_computed: int64 [S].
+        tokens: int32 [S, max_model_len + 1]. num_tokens, num_prompt, num_computed, max_num_tokens: int64 [S].
         block_table: int64 [S, B], 0 after a slot's last block. block_counts: int64 [S].
         sampling: records of ``SAMPLING_DTYPE`` [S]. end_token_ids: int32 [e] for each slot.
         is_greedy: bool [S], where nothing but the largest logit is asked for.
@@ -93,6 +102,7 @@ class BatchState:
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
         self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.max_num_tokens = np.zeros(max_num_seqs, np.int64)
         self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int64)
         self.block_counts = np.zeros(max_num_seqs, np.int64)
         self.sampling = np.zeros(max_num_seqs, SAMPLING_DTYPE)
@@ -119,14 +129,14 @@ class BatchState:
             self._decode_slots = step.decode_slots.astype(np.int64)
             self._one_each = np.ones(len(self._decode_slots), np.int64)
             if step.decode_tokens is not None:
-                self._take_tokens(self._decode_slots, step.decode_tokens)
+                self._take_tokens(self._decode_slots, step.decode_tokens, step.decode_counts)
         elif not (step.deletes or step.adds or len(step.chunk_slots)):
             return self._repeat_decodes()
         return self._select_rows(step.chunk_slots.astype(np.int64), step.chunk_tokens.astype(np.int64), self._decode_slots)
 
     def mark_computed(self, rows: StepRows) -> None:
-        """Record that the KV of these rows is in the cache now."""
-        self.num_computed[rows.slots] = rows.ends
+        """Record that the KV of these rows is in the cache now; that of drafts counts once they are accepted."""
+        self.num_computed[rows.slots] = np.minimum(rows.ends, self.num_tokens[rows.slots])
 
     def append_sampled(self, slots: I64Array, tokens: I32Array) -> None:
         """Append one sampled token to each of ``slots`` (int64 [R], no slot twice); ``tokens`` int32 [R].
@@ -141,8 +151,23 @@ class BatchState:
         self.tokens[slots, places] = tokens
         self.num_tokens[slots] = places + 1
 
-    def _take_tokens(self, slots: I64Array, tokens: I32Array) -> None:
-        """Append the newest token of each decode slot, which another stage has sampled."""
+    def accept(self, slots: I64Array, num_accepted: I64Array, next_tokens: I32Array) -> None:
+        """Keep the first drafts of each of ``slots``, whose KV is in the cache, and append the token that was sampled behind them.
+
+        Args:
+            slots: int64 [R], no slot twice.
+            num_accepted: int64 [R].
+            next_tokens: int32 [R].
+
+        Raises:
+            InternalError: a slot is full.
+        """
+        self.num_tokens[slots] += num_accepted
+        self.num_computed[slots] = self.num_tokens[slots]
+        self.append_sampled(slots, next_tokens)
+
+    def _take_tokens(self, slots: I64Array, tokens: I32Array, counts: U8Array | None) -> None:
+        """Append what another stage has sampled for each decode slot: the newest token, and before it the drafts that were accepted."""
         self._check_slots("token for", slots)
         if len(np.unique(slots)) < len(slots) or not self.is_live[slots].all():
             raise InternalError(f"tokens for the slots {slots.tolist()}, of which one is named twice or held by no sequence")
@@ -152,7 +177,19 @@ class BatchState:
             raise InternalError(
                 f"a token for slot {slot}, of which {self.num_computed[slot]} of {self.num_tokens[slot]} known tokens are computed"
             )
-        self.append_sampled(slots, tokens)
+        if counts is None:
+            self.append_sampled(slots, tokens)
+            return
+        if not counts.all():
+            raise BadFrameError(f"no token for slot {slots[counts.argmin()]}; a decode slot comes with one at least")
+        lasts = np.cumsum(counts, dtype=np.int64) - 1
+        num_accepted = counts.astype(np.int64) - 1
+        if (self.num_tokens[slots] + num_accepted >= self.tokens.shape[1]).any():
+            raise InternalError(f"{counts.max()} tokens for a slot that has no room for them")
+        drafted = np.delete(tokens, lasts)
+        places = np.arange(len(drafted)) + np.repeat(self.num_tokens[slots] - np.cumsum(num_accepted) + num_accepted, num_accepted)
+        self.tokens[np.repeat(slots, num_accepted), places] = drafted
+        self.accept(slots, num_accepted, tokens[lasts])
 
     def _delete(self, slots: Sequence[int]) -> None:
         for slot in slots:
@@ -176,6 +213,7 @@ class BatchState:
         self.is_live[slot] = True
         self.tokens[slot, :count] = add.tokens
         self.num_tokens[slot], self.num_prompt[slot], self.num_computed[slot] = count, add.num_prompt, add.num_computed
+        self.max_num_tokens[slot] = min(add.max_num_tokens, self.tokens.shape[1])
         self.block_table[slot] = 0
         self.block_counts[slot] = 0
         self._append_blocks(np.full(num_blocks, slot, np.int64), add.blocks.astype(np.int64))
@@ -232,7 +270,9 @@ class BatchState:
         if uses.max() > 1:
             raise InternalError(f"slot {uses.argmax()} has {uses.max()} rows in one step; a sequence may have one")
         capacity = self.block_counts[slots] * self.block_size
-        is_bad = ~self.is_live[slots] | (rows.num_tokens < 1) | (ends > self.num_tokens[slots]) | (ends > capacity)
+        # A sequence that has all its tokens has no block for the last one; it is left out of what is computed.
+        lacks_blocks = (ends > capacity) & (ends < self.max_num_tokens[slots])
+        is_bad = ~self.is_live[slots] | (rows.num_tokens < 1) | (ends > self.num_tokens[slots]) | lacks_blocks
         if is_bad.any():
             self._raise_bad_row(rows, int(is_bad.argmax()))
 

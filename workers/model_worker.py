@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,29 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFrameError, ConfigError, InternalError
-from ..model_config import read_model_config, shares_experts
 from ..models.attention import KvLayer
-from ..models.llama import LlamaModel
+from ..models.build_model import build_model
 from ..models.loading import load_weights
+from ..models.mixture_layers import MixtureLayers
+from ..speculation_config import SpeculationConfig
 from ..topology import stage_layers
+from ..transformers_config import read_any_config
 from ..transport.batch import decode_batch_step
 from .batch_inputs import StepInputs, build_inputs
-from .batch_state import BatchState
+from .batch_state import BatchState, StepRows
+from .dtypes import choose_dtype
+from .expert_setup import ExpertSettings, build_expert_axis
 from .pipeline import PipelineStage
 from .sampler import SampledTokens, Sampler
+from .speculation.build import build_proposer
+from .speculation.depth import build_depth_policy
+from .speculation.draft_model import DraftProposer
+from .speculation.proposer import Proposer
+from .speculation.speculator import Speculator
 from .worker import Worker, rpc
 
 _NO_TOKENS = np.empty(0, np.int32)
 _MEMINFO = Path("/proc/meminfo")
-_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelWorker(Worker):
@@ -43,6 +52,10 @@ class ModelWorker(Worker):
         max_model_len: int,
         pack_weights: bool = True,
         pp_partition: list[int] | None = None,
+        speculation: dict[str, Any] | None = None,
+        redundant_experts: int = 0,
+        expert_placements: list[list[int]] | None = None,
+        expert_dispatch: str = "auto",
     ) -> None:
         """Load the model.
 
@@ -52,14 +65,16 @@ class ModelWorker(Worker):
             block_size: KV positions in a block.
             max_num_seqs: slots of the batch.
             max_model_len: tokens that one sequence may compute.
-            pack_weights, pp_partition: as in ``EngineConfig``.
+            pack_weights, pp_partition, redundant_experts, expert_dispatch: as in ``EngineConfig``.
+            speculation: what ``SpeculationConfig.to_plain`` returned; None for none.
+            expert_placements: [layer, the expert of each copy] of each mixture layer that has had its experts moved.
 
         Raises:
             CheckpointError: the directory is not a model that this version can load.
             TopologyError: the model cannot be split over this many ranks.
         """
         directory = Path(model)
-        config = read_model_config(directory)
+        config = read_any_config(directory)
         self._device = torch.device(self.ctx.device)
         self._block_size, self._max_num_seqs, self._max_model_len = block_size, max_num_seqs, max_model_len
         communicator = self.ctx.mesh["tp"]
@@ -68,21 +83,59 @@ class ModelWorker(Worker):
         self._num_replicas, self._replica = replicas.size, None if replicas.size == 1 else replicas.index
         self._stage = PipelineStage(self.ctx.mesh["pp"], config.hidden_size, dtype=torch_dtype, device=self._device)
         layers = stage_layers(config.num_layers, self._stage.num_stages, pp_partition)[self._stage.index]
-        shared = self.ctx.mesh["dp"] if shares_experts(config, self.ctx.mesh.parallel) else None
-        self._model = LlamaModel(config, communicator, dtype=torch_dtype, device=self._device, layers=layers, replicas=shared)
+        copies = ExpertSettings(redundant_experts, expert_placements or [], expert_dispatch)
+        axis = build_expert_axis(config, self.ctx.mesh, copies, dtype=torch_dtype, device=self._device)
+        self._model = build_model(config, directory, communicator, dtype=torch_dtype, device=self._device, layers=layers, expert_axis=axis)
         load_weights(self._model, directory, progress=lambda done, total: self.ctx.report_progress(done, total, "weights"))
         if pack_weights:
             self._model.pack_weights()
+        self._mixtures = MixtureLayers(self._model, directory, layers.start)
         if self._stage.is_last:
             self._sampler = Sampler(communicator, config.vocab_size, self._model.vocab_start, self._model.vocab_end)
         self._state: BatchState | None = None
         self._kv_cache: list[KvLayer] = []
+        self._speculator: Speculator | None = None
+        if speculation is not None:
+            chosen = SpeculationConfig.from_plain(speculation)
+            proposer = self._build_proposer(chosen, config.vocab_size, dtype, pack_weights)
+            policy = build_depth_policy(chosen)
+            self._speculator = Speculator(proposer, policy, max_num_seqs, rejects=chosen.verify == "rejection")
+
+    def _build_proposer(self, speculation: SpeculationConfig, vocab_size: int, dtype: str, pack_weights: bool) -> Proposer:
+        return build_proposer(
+            speculation.proposer,
+            self.ctx,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            max_num_seqs=self._max_num_seqs,
+            pack_weights=pack_weights,
+            keeps_probabilities=speculation.verify == "rejection",
+        )
 
     @rpc
     def kv_capacity(self) -> dict[str, int]:
-        """Return ``bytes_per_block`` of this rank and the ``free_bytes`` of its device; ranks on one CPU host share the latter."""
+        """Return ``bytes_per_block`` of this rank, its draft models' included, and the ``free_bytes`` of its device; ranks on one CPU host
+        share the latter."""
         free_bytes = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else _read_available_bytes()
-        return {"bytes_per_block": self._model.kv_bytes_per_block(self._block_size), "free_bytes": free_bytes}
+        bytes_per_block = self._model.kv_bytes_per_block(self._block_size)
+        if self._speculator is not None and isinstance(self._speculator.proposer, DraftProposer):
+            bytes_per_block += self._speculator.proposer.kv_bytes_per_block(self._block_size)
+        return {"bytes_per_block": bytes_per_block, "free_bytes": free_bytes}
+
+    @rpc
+    def take_expert_loads(self) -> list[list[int]]:
+        """As ``MixtureLayers.take_loads``."""
+        return self._mixtures.take_loads()
+
+    @rpc
+    def stage_experts(self, layer: int, placement: list[int]) -> None:
+        """As ``MixtureLayers.stage``."""
+        self._mixtures.stage(layer, placement)
+
+    @rpc
+    def change_experts(self, layer: int) -> None:
+        """As ``MixtureLayers.change``."""
+        self._mixtures.change(layer)
 
     @rpc
     def allocate_kv_cache(self, num_blocks: int) -> None:
@@ -98,6 +151,8 @@ class ModelWorker(Worker):
             raise ConfigError(f"num_blocks is {num_blocks}; at least 2 are needed, since block 0 is reserved for padding")
         with torch.inference_mode():
             self._kv_cache = self._model.allocate_kv_cache(num_blocks, self._block_size)
+            if self._speculator is not None and isinstance(self._speculator.proposer, DraftProposer):
+                self._speculator.proposer.allocate_kv_cache(num_blocks, self._block_size)
         self._state = BatchState(self._max_num_seqs, self._max_model_len, self._block_size, num_blocks)
 
     @torch.inference_mode()
@@ -110,7 +165,9 @@ class ModelWorker(Worker):
 
         Returns:
             [int32 [R] tokens in the order of the sampled rows, their log-probabilities as in ``SampledTokens``], on the last stage; no
-            tokens on the others. A step without rows computes nothing and enters no collective.
+            tokens on the others. A step without rows computes nothing and enters no collective of its own. With speculation further uint8
+            [rows] tokens of each decode slot or chunk that ends a prompt, uint8 [rows] drafts of each, and [drafts asked for, nanoseconds
+            that proposing took, those of all the rest]: a sequence that had all its tokens has 0 of both.
 
         Raises:
             BadFrameError: the bytes are no batch step, or name slots or blocks that do not exist.
@@ -120,25 +177,62 @@ class ModelWorker(Worker):
             raise InternalError("a step came before allocate_kv_cache")
         own = self._own_part(inputs)
         if own is None:
-            if self._model.expert_axis.is_lockstep:
-                self._model.serve_experts()
-            return [_NO_TOKENS, None]
+            return self._serve_experts()
+        if self._speculator is not None:
+            return self._step_with_drafts(self._state, self._speculator, own)
         span = self.ctx.trace.span
         with span("build inputs"):
             rows = self._state.apply(decode_batch_step(own))
             if not len(rows.slots):
                 return [_NO_TOKENS, None]
-            step_inputs = build_inputs(self._state, rows, self._device)
-        before = self._stage.receive(len(step_inputs.token_ids))
-        with span("forward"):
-            hidden = self._model.forward(step_inputs.token_ids, step_inputs.attention, self._kv_cache, before)
-        self._state.mark_computed(rows)
-        if not self._stage.is_last:
-            self._stage.send(hidden)
+        hidden, step_inputs = self._forward(self._state, rows)
+        if hidden is None:
             return [_NO_TOKENS, None]
         with span("sample"):
             sampled = self._sample(self._state, hidden, step_inputs)
         return [sampled.token_ids, sampled.logprobs]
+
+    def _step_with_drafts(self, state: BatchState, speculator: Speculator, own: bytes | memoryview) -> list[object]:
+        """Compute a step whose decode rows hold drafts."""
+        began_ns, span = time.perf_counter_ns(), self.ctx.trace.span
+        with span("propose"):
+            step = decode_batch_step(own)
+            scheduled = state.apply(step)
+            rows = speculator.extend(step, state, scheduled)
+        proposed_ns = time.perf_counter_ns()
+        answer: list[object] = [_NO_TOKENS, None]
+        verdict = None
+        if not len(rows.slots):
+            answer = self._serve_experts()
+        else:
+            hidden, inputs = self._forward(state, rows)
+            with span("verify"):
+                if hidden is not None and len(inputs.sampled_slots):
+                    logits = self._compute_logits(hidden, inputs)
+                    sampled, verdict = speculator.verify(state, rows, inputs, logits, self._sampler, is_told=self._stage.num_stages > 1)
+                    answer = [sampled.token_ids, sampled.logprobs]
+        times_ns = [proposed_ns - began_ns, time.perf_counter_ns() - proposed_ns]
+        return [*answer, *speculator.report(scheduled, verdict), [speculator.depth, *times_ns]]
+
+    def _forward(self, state: BatchState, rows: StepRows) -> tuple[Tensor | None, StepInputs]:
+        """Compute rows on this rank's stage; returns hidden states [T, D] on the last one, and hands them on elsewhere."""
+        span = self.ctx.trace.span
+        with span("build inputs"):
+            inputs = build_inputs(state, rows, self._device)
+        before = self._stage.receive(len(inputs.token_ids))
+        with span("forward"):
+            hidden = self._model.forward(inputs.token_ids, inputs.attention, self._kv_cache, before)
+        state.mark_computed(rows)
+        if self._stage.is_last:
+            return hidden, inputs
+        self._stage.send(hidden)
+        return None, inputs
+
+    def _serve_experts(self) -> list[object]:
+        """Compute nothing here, but for other replicas what they need of this one's experts."""
+        if self._model.expert_axis.is_lockstep:
+            self._model.serve_experts()
+        return [_NO_TOKENS, None]
 
     def _own_part(self, inputs: bytes | memoryview | list[Any]) -> bytes | memoryview | None:
         """Return this replica's part of what was published."""
@@ -156,23 +250,15 @@ class ModelWorker(Worker):
         slots = inputs.sampled_slots
         if not len(slots):
             return SampledTokens(_NO_TOKENS, None)
-        if len(slots) < len(hidden):
-            hidden = hidden.index_select(0, inputs.sampled_rows)
-        logits = self._model.compute_logits(hidden)
-        sampled = self._sampler.sample(logits, state, slots)
+        sampled = self._sampler.sample(self._compute_logits(hidden, inputs), state, slots, inputs.sampled_places)
         if self._stage.num_stages == 1:  # else no other stage knows them, and all are told
             state.append_sampled(slots, sampled.token_ids)
         return sampled
 
-
-def choose_dtype(dtype: str, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
-    """Return the torch dtype that a name of ``config.DTYPES`` stands for; "auto" is float32 on a CPU, the checkpoint's elsewhere."""
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else checkpoint_dtype
-    chosen = _TORCH_DTYPES.get(dtype)
-    if chosen is None:
-        raise ConfigError(f"dtype is {dtype!r}; choose one of auto, {', '.join(_TORCH_DTYPES)}")
-    return chosen
+    def _compute_logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
+        if len(inputs.sampled_slots) < len(hidden):
+            hidden = hidden.index_select(0, inputs.sampled_rows)
+        return self._model.compute_logits(hidden)
 
 
 def _read_available_bytes() -> int:

@@ -16,7 +16,7 @@ from .batch_state import BatchState, I64Array
 _Entries = tuple[npt.NDArray[np.generic], ...]
 
 
-def apply_penalties(logits: Tensor, state: BatchState, slots: I64Array, vocab_start: int) -> Tensor:
+def apply_penalties(logits: Tensor, state: BatchState, slots: I64Array, places: I64Array, vocab_start: int) -> Tensor:
     """Return the logits with each row's penalties and ``min_tokens`` mask applied.
 
     Needs no other rank: each knows all tokens, and changes the columns that it has. The work grows with the history of the rows that
@@ -25,6 +25,7 @@ def apply_penalties(logits: Tensor, state: BatchState, slots: I64Array, vocab_st
     Args:
         logits: float32 [R, W], columns ``vocab_start`` to ``vocab_start + W - 1`` of the vocabulary; never written to.
         slots: int64 [R], the slot of each row.
+        places: int64 [R], how many tokens of it stand before the one that is sampled.
 
     Returns:
         float32 [R, W]; ``logits`` itself when no row asks for a change.
@@ -33,21 +34,23 @@ def apply_penalties(logits: Tensor, state: BatchState, slots: I64Array, vocab_st
         return logits
     params = state.sampling[slots]
     is_penalised = (params["repetition_penalty"] != 1) | (params["presence_penalty"] != 0) | (params["frequency_penalty"] != 0)
-    is_early = state.num_tokens[slots] - state.num_prompt[slots] < params["min_tokens"]
+    is_early = places - state.num_prompt[slots] < params["min_tokens"]
     penalised, early = np.flatnonzero(is_penalised), np.flatnonzero(is_early)
     if not len(penalised) and not len(early):
         return logits
     logits = logits.clone()
     if len(penalised):
-        _penalise(logits, [_history_entries(state, int(slots[row]), row, vocab_start, logits.shape[1]) for row in penalised.tolist()])
+        width = logits.shape[1]
+        rows = zip(penalised.tolist(), slots[penalised].tolist(), places[penalised].tolist())
+        _penalise(logits, [_history_entries(state, slot, place, row, vocab_start, width) for row, slot, place in rows])
     if len(early):
         _forbid(logits, [_end_entries(state, int(slots[row]), row, vocab_start, logits.shape[1]) for row in early.tolist()])
     return logits
 
 
-def _history_entries(state: BatchState, slot: int, row: int, vocab_start: int, width: int) -> _Entries:
-    """Return rows, columns, divisors and subtrahends of a row's known tokens, as far as this shard has them."""
-    history, num_prompt = state.tokens[slot, : state.num_tokens[slot]], int(state.num_prompt[slot])
+def _history_entries(state: BatchState, slot: int, place: int, row: int, vocab_start: int, width: int) -> _Entries:
+    """Return rows, columns, divisors and subtrahends of the tokens before ``place``, as far as this shard has them."""
+    history, num_prompt = state.tokens[slot, :place], int(state.num_prompt[slot])
     ids, index_of = np.unique(history, return_inverse=True)
     counts = np.bincount(index_of[num_prompt:], minlength=len(ids))  # occurrences in the output
     params = state.sampling[slot]

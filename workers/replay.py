@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zspmd.workers.replay", description="Replay one rank of a recording alone.")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--rank", type=int, metavar="R", required=True)
-    parser.add_argument("--ignore", action="append", default=[], metavar="METHOD")
+    parser.add_argument("--ignore", action="append", default=[], metavar="WHAT")
     arguments = parser.parse_args(argv)
     faulthandler.enable()
     register_torch()

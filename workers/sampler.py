@@ -6,7 +6,10 @@ Rows of two kinds, told apart by the batch state alone, so that all ranks enter 
                 and an index a row decides
     whole       top_k, top_p, min_p or logprobs: the rows' logits are all-gathered, then every rank computes the same
 
-Chance is Gumbel noise hashed from seed, position and token id (see ``gumbel``). Shapes: R rows, W columns of a shard, V vocabulary.
+Chance is Gumbel noise hashed from seed, place in the sequence and token id (see ``gumbel``). A sequence has a row for each place whose
+token is to be sampled: one, or with drafts several, each as if the tokens before it were known.
+
+Shapes: R rows, W columns of a shard, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor
 from ..errors import InternalError
 from .batch_state import BatchState, I32Array, I64Array
 from .filters import build_keep_mask
-from .gumbel import gumbel_noise, row_keys
+from .gumbel import Stream, gumbel_noise, row_keys
 from .penalties import apply_penalties
 
 if TYPE_CHECKING:
@@ -29,6 +32,22 @@ if TYPE_CHECKING:
 
 # [log-probability of the sampled token, [[token id, log-probability], ...] of the likeliest ones, best first]
 RowLogprobs = list[Any]
+_NO_ROWS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tokens that were drawn, and what is needed to describe them.
+
+    Args:
+        token_ids: int32 [R].
+        whole: int64 [W], the rows of which the logits of the whole vocabulary were gathered.
+        logits: float32 [W, V], these; None where there are none.
+    """
+
+    token_ids: I32Array
+    whole: I64Array
+    logits: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -59,39 +78,67 @@ class Sampler:
         self._vocab_start = vocab_start
         self._width = vocab_end - vocab_start
 
-    def sample(self, logits: Tensor, state: BatchState, slots: I64Array) -> SampledTokens:
+    def sample(self, logits: Tensor, state: BatchState, slots: I64Array, places: I64Array) -> SampledTokens:
+        """Return a token for each row with its log-probabilities; arguments and order of use as for ``draw``."""
+        draw = self.draw(logits, state, slots, places)
+        return SampledTokens(draw.token_ids, self.describe(draw, state, slots, draw.token_ids))
+
+    def draw(self, logits: Tensor, state: BatchState, slots: I64Array, places: I64Array, *, stream: Stream = Stream.SAMPLE) -> Draw:
         """Return a token for each row; the state is read, not changed. All ranks of the communicator must call it.
 
         Args:
             logits: float32 [R, W], this rank's shard, padded columns -inf; R is at least 1. Never written to.
             slots: int64 [R], the slot of each row.
+            places: int64 [R], the index in its sequence of the token that is sampled.
+            stream: of the noise, see ``gumbel``.
 
         Raises:
             InternalError: logits of a row are not numbers, or leave no token to choose.
         """
         assert logits.shape == (len(slots), self._width), (logits.shape, len(slots), self._width)
         if state.is_greedy[slots].all():
-            return SampledTokens(self._choose(logits, slots), None)
+            return Draw(self._choose(logits, slots), _NO_ROWS, None)
         needs_whole = state.sampling["is_whole"][slots]
         if not needs_whole.any():
-            return SampledTokens(self._sample_by_shard(logits, state, slots), None)
+            return Draw(self._draw_by_shard(logits, state, slots, places, stream), _NO_ROWS, None)
         token_ids = np.empty(len(slots), np.int32)
         sharded, whole = np.flatnonzero(~needs_whole), np.flatnonzero(needs_whole)
         if len(sharded):
-            token_ids[sharded] = self._sample_by_shard(_take_rows(logits, sharded), state, slots[sharded])
+            token_ids[sharded] = self._draw_by_shard(_take_rows(logits, sharded), state, slots[sharded], places[sharded], stream)
         rows = self._gather_rows(_take_rows(logits, whole))
-        token_ids[whole] = _sample_whole(rows, state, slots[whole])
-        wanted = state.sampling["logprobs"][slots]
-        if (wanted < 0).all():
-            return SampledTokens(token_ids, None)
-        asked = np.flatnonzero(wanted[whole] >= 0)
-        described = _describe(_take_rows(rows, asked), token_ids[whole][asked], wanted[whole][asked])
-        by_row = dict(zip(whole[asked].tolist(), described))
-        return SampledTokens(token_ids, [by_row.get(row) for row in range(len(slots))])
+        token_ids[whole] = _draw_whole(rows, state, slots[whole], places[whole], stream)
+        return Draw(token_ids, whole, rows)
 
-    def _sample_by_shard(self, logits: Tensor, state: BatchState, slots: I64Array) -> I32Array:
-        scores = _add_noise(apply_penalties(logits, state, slots, self._vocab_start), state, slots, self._vocab_start)
-        return self._choose(scores, slots)
+    def describe(self, draw: Draw, state: BatchState, slots: I64Array, token_ids: I32Array) -> list[RowLogprobs | None] | None:
+        """Return the log-probabilities that rows asked for, as ``SampledTokens`` has them.
+
+        Args:
+            draw: of these rows.
+            slots: int64 [R].
+            token_ids: int32 [R], one of each row: those of ``draw``, or others.
+        """
+        wanted = state.sampling["logprobs"][slots]
+        if draw.logits is None or (wanted < 0).all():
+            return None
+        whole = draw.whole
+        asked = np.flatnonzero(wanted[whole] >= 0)
+        described = _describe(_take_rows(draw.logits, asked), token_ids[whole][asked], wanted[whole][asked])
+        by_row = dict(zip(whole[asked].tolist(), described))
+        return [by_row.get(row) for row in range(len(slots))]
+
+    def filtered_scores(self, logits: Tensor, state: BatchState, slots: I64Array, places: I64Array) -> Tensor:
+        """Return the scores, float64 [R, V], whose softmax rows with a temperature are drawn from: -inf for what a filter took.
+
+        Arguments and order of use as for ``draw``.
+        """
+        rows = apply_penalties(self._gather_rows(logits), state, slots, places, 0)
+        params = state.sampling[slots]
+        scores = rows.double() / torch.from_numpy(params["temperature"]).to(rows.device)[:, None]
+        return scores.masked_fill(~build_keep_mask(scores, params), -torch.inf)
+
+    def _draw_by_shard(self, logits: Tensor, state: BatchState, slots: I64Array, places: I64Array, stream: Stream) -> I32Array:
+        start = self._vocab_start
+        return self._choose(_add_noise(apply_penalties(logits, state, slots, places, start), state, slots, places, stream, start), slots)
 
     def _choose(self, scores: Tensor, slots: I64Array) -> I32Array:
         best = _find_best(scores, self._vocab_start)
@@ -103,18 +150,20 @@ class Sampler:
         return shards.transpose(0, 1).reshape(len(logits), -1)[:, : self._vocab_size]
 
 
-def _sample_whole(rows: Tensor, state: BatchState, slots: I64Array) -> I32Array:
-    scores = _add_noise(apply_penalties(rows, state, slots, 0), state, slots, 0, is_filtered=True)
+def _draw_whole(rows: Tensor, state: BatchState, slots: I64Array, places: I64Array, stream: Stream) -> I32Array:
+    scores = _add_noise(apply_penalties(rows, state, slots, places, 0), state, slots, places, stream, 0, is_filtered=True)
     return _pick(_find_best(scores, 0)[None], slots)
 
 
-def _add_noise(logits: Tensor, state: BatchState, slots: I64Array, vocab_start: int, *, is_filtered: bool = False) -> Tensor:
+def _add_noise(
+    logits: Tensor, state: BatchState, slots: I64Array, places: I64Array, stream: Stream, vocab_start: int, *, is_filtered: bool = False
+) -> Tensor:
     """Return the scores whose largest is the sample: greedy rows as they are, the others over temperature and with noise."""
     random = np.flatnonzero(state.sampling["is_random"][slots])
     if not len(random):
         return logits
     params, device = state.sampling[slots[random]], logits.device
-    keys = torch.from_numpy(row_keys(params["seed"], state.num_tokens[slots[random]])).to(device)
+    keys = torch.from_numpy(row_keys(params["seed"], places[random], stream)).to(device)
     scores = _take_rows(logits, random).double() / torch.from_numpy(params["temperature"]).to(device)[:, None]
     if is_filtered:
         keep = build_keep_mask(scores, params)

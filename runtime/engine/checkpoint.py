@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...config import EngineConfig, ParallelConfig
 from ...errors import ConfigError
-from ...model_config import ModelConfig, check_checkpoint, check_expert_parallel, check_tensor_parallel, read_model_config
+from ...expert_dispatch import check_dispatch
+from ...expert_placement import check_redundant_experts
+from ...model_config import ModelConfig, check_expert_parallel
+from ...safetensors_files import has_tensors
+from ...speculation_config import SpeculationConfig
 from ...topology import stage_layers
+from ...transformers_config import (
+    TransformersConfig,
+    check_any_checkpoint,
+    check_any_tensor_parallel,
+    check_steady_positions,
+    read_any_config,
+)
+from .draft_checkpoint import DraftCheckpoint, find_draft, open_draft
 from .tokenizer import Tokenizer
 
+TRANSFORMERS_MODEL = "zspmd.models.transformers_model"
 DEMO_MODEL = Path(__file__).parents[2] / "models" / "demo"
 KV_SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free once the weights are loaded
 
@@ -23,34 +37,59 @@ class Checkpoint:
     Attributes:
         max_model_len: prompt and output tokens of a request.
         tokenizer: None where the directory has none; then prompts are token ids and outputs have no text.
+        speculation: as ``EngineConfig`` has it, the drafts' models as directories that any rank finds; None proposes nothing.
+        drafts: the draft models of ``speculation``, the outermost first.
     """
 
     directory: Path
-    model: ModelConfig
+    model: ModelConfig | TransformersConfig
     tokenizer: Tokenizer | None
     max_model_len: int
+    speculation: SpeculationConfig | None = None
+    drafts: tuple[DraftCheckpoint, ...] = ()
+
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """Modules that the ranks need for this model alone, imported once for all of them."""
+        return (TRANSFORMERS_MODEL,) if isinstance(self.model, TransformersConfig) else ()
 
 
-def open_checkpoint(path: str | Path, parallel: ParallelConfig, config: EngineConfig) -> Checkpoint:
+def open_checkpoint(path: str | Path, parallel: ParallelConfig, config: EngineConfig, *, needs_weights: bool = True) -> Checkpoint:
     """Read and check everything that can be known without torch; ``"demo"`` names the model that ships with zspmd.
 
+    Without ``needs_weights`` config.json may lie alone; weights that are there are checked all the same.
+
     Raises:
-        CheckpointError: the directory, a file, a tensor or the architecture; names it.
-        TopologyError: the model cannot be split as ``parallel`` asks.
-        ConfigError: ``max_model_len`` beyond what the model was made for.
+        CheckpointError: the directory, a file, a tensor or the architecture, of the model or of a draft; names it. A draft with another
+            vocabulary than the model's.
+        TopologyError: the model or a draft cannot be split as ``parallel`` and the draft's tp ask.
+        ConfigError: ``max_model_len`` beyond what the model was made for, or more ``redundant_experts`` than the ranks have use for, or an
+            ``expert_dispatch`` where no replicas share experts.
     """
     directory = DEMO_MODEL if str(path) == "demo" else Path(path).expanduser().resolve()
-    model = read_model_config(directory)
+    model = read_any_config(directory)
     check_expert_parallel(model, parallel)
-    check_tensor_parallel(model, parallel.tp)
+    check_redundant_experts(model.mixture, config.redundant_experts, parallel)
+    check_dispatch(config.expert_dispatch, model.mixture, parallel)
+    check_any_tensor_parallel(model, parallel.tp)
     stage_layers(model.num_layers, parallel.pp, config.pp_partition)
-    check_checkpoint(directory, model)
+    if needs_weights or has_tensors(directory):
+        check_any_checkpoint(directory, model)
     limit = model.max_position_embeddings
     max_model_len = config.max_model_len or limit
     if max_model_len > limit:
         raise ConfigError(f"max_model_len is {max_model_len}; the model in {directory} has {limit} positions: lower it")
+    if isinstance(model, TransformersConfig):
+        check_steady_positions(model, max_model_len)
+        warnings.warn(
+            f"{model.architecture} runs through Transformers' modelling code, which is slower than a module of zspmd", stacklevel=1
+        )
     tokenizer = Tokenizer.from_directory(directory) if (directory / "tokenizer.json").is_file() else None
-    return Checkpoint(directory, model, tokenizer, max_model_len)
+    if not isinstance(config.speculation, SpeculationConfig):  # None: EngineConfig has parsed what was a text
+        return Checkpoint(directory, model, tokenizer, max_model_len)
+    speculation = config.speculation.with_models(lambda draft: str(find_draft(draft)))
+    drafts = tuple(open_draft(draft, directory, model, tokenizer, parallel) for draft in speculation.drafts)
+    return Checkpoint(directory, model, tokenizer, max_model_len, speculation, drafts)
 
 
 def choose_num_blocks(

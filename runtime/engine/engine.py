@@ -20,29 +20,33 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ...config import Deadlines, EngineConfig, NodesConfig, ParallelConfig, RestartPolicy, SamplingParams, TraceConfig
 from ...errors import ClosedError, ConfigError, InternalError, LaunchError, RequestError, TransportError, WorkerError, ZspmdError
+from ...expert_placement import check_movable, num_expert_ranks
 from ...model_config import shares_experts
-from ...transport.batch import encode_batch_step
 from ...transport.trace_spans import NO_TRACE, Trace
 from ..driver.group import WorkerGroup
 from ..driver.launching import Host, OnLog, OnProgress, launch
 from ..driver.pending import PendingReply
 from .checkpoint import open_checkpoint
 from .evidence import is_from_inside
-from .outputs import RequestOutput, TokenLogprob
+from .expert_balance import ExpertBalance, Rebalance
+from .outputs import RequestOutput
 from .plan import ScheduledStep
 from .prompts import Prompt, encode_prompt
 from .ranks import EngineRanks
 from .recovery import Recovery
 from .replicas import Replicas
 from .scheduler import Scheduler
+from .speculation_meter import SpeculationMeter
 from .start_times import Moment, StartTimes
 from .statistics import SchedulerStatistics
+from .step_values import StepAnswer, encode_steps
 from .streams import Completion, RequestStream, build_stream
 from .wakeup import Wakeup
 
@@ -100,7 +104,7 @@ class Engine:
         self.parallel = parallel or ParallelConfig()
         tp, pp = self.parallel.tp, self.parallel.pp
         self._leaders = [(replica * pp + pp - 1) * tp for replica in range(self.parallel.dp)]  # the first rank of each last stage samples
-        self._window = self.config.window if self.parallel.pp == 1 else max(self.config.window, self.parallel.pp + 1)
+        self._window = max(self.config.window, self.parallel.pp)
         self._model = model
         self._launch_options: dict[str, Any] = {
             "launch_id": launch_id,
@@ -130,6 +134,8 @@ class Engine:
         self._say = on_restart or (lambda line: print(f"zspmd: {line}", file=sys.stderr))
         self._recovery: Recovery | None = None
         self._ranks: EngineRanks | None = None
+        self._meter: SpeculationMeter | None = None
+        self._experts: ExpertBalance | None = None
         self._task: asyncio.Task[None] | None = None
         self._fault: Exception | None = None
 
@@ -173,18 +179,25 @@ class Engine:
                 "max_model_len": self._checkpoint.max_model_len,
                 "pp_partition": None if self.config.pp_partition is None else list(self.config.pp_partition),
                 "pack_weights": self.config.pack_weights,
+                "speculation": None if self._checkpoint.speculation is None else self._checkpoint.speculation.to_plain(),
+                "redundant_experts": self.config.redundant_experts,
+                "expert_dispatch": self.config.expert_dispatch,
             },
             window=max(self._window, 2) if self.parallel.dp == 1 else _WINDOW_OF_REPLICAS,
             output_ranks=self._leaders,
-            preload=("torch", WORKER.partition(":")[0]),
+            preload=("torch", WORKER.partition(":")[0], *self._checkpoint.preload),
             **self._launch_options,
         )
         self._trace = group.trace
         self._ranks = EngineRanks(group, self._wake.set)
+        if (mixture := self._checkpoint.model.mixture) is not None:
+            self._experts = ExpertBalance(self._ranks, mixture, self.config.redundant_experts, num_expert_ranks(self.parallel))
         num_blocks = await self._ranks.start(self.config, self._checkpoint.max_model_len)
         times.mark("KV pool made")
         await times.add_events(group.events())
         self._scheduler = self._build_schedulers(num_blocks)
+        if self._checkpoint.speculation is not None:
+            self._meter = SpeculationMeter(self._checkpoint.speculation.k, self.parallel.dp)
         if self._restart_policy is not None:
             self._recovery = Recovery(self._restart_policy, self._scheduler)
         self._task = asyncio.create_task(self._run(), name=f"zspmd-engine-{group.launch_id}")
@@ -247,7 +260,8 @@ class Engine:
     def statistics(self) -> SchedulerStatistics:
         """Return the scheduler's counters; ``engine.group.statistics()`` has the wire's. Raises ClosedError before ``start``."""
         self._check_started()
-        return self._scheduler.statistics()
+        statistics = self._scheduler.statistics()
+        return statistics if self._meter is None else replace(statistics, speculation=self._meter.statistics())
 
     def start_times(self) -> tuple[Moment, ...]:
         """Return when what happened from the start of this process to the first token; what has not happened yet is not there."""
@@ -257,6 +271,21 @@ class Engine:
         """Return the counters of each data-parallel replica, of which ``statistics`` has the sums; raises ClosedError before ``start``."""
         self._check_started()
         return self._scheduler.replica_statistics()
+
+    async def rebalance_experts(self) -> Rebalance:
+        """Move copies of experts so that the ranks have equal work, by what requests have asked of each expert since the last time.
+
+        Requests go on meanwhile, and their tokens do not change: each rank loads what it lacks from the checkpoint, a layer at a time.
+
+        Raises:
+            ConfigError: the model has no experts, or one rank has all of them.
+            WorkerRaisedError: a rank could not load an expert; that layer and those after it stay as they were.
+            WorkerError, ClosedError: the ranks have failed, or the engine is at its end. New ranks begin with what had been moved.
+        """
+        self._check_started()
+        check_movable(self._checkpoint.model.mixture, self.parallel)
+        assert self._experts is not None, "it is there from the start where there are experts"
+        return await self._experts.rebalance()
 
     def validate(self) -> None:
         """Check the scheduler's invariants; raises InternalError where one is broken, ClosedError before ``start``."""
@@ -339,7 +368,7 @@ class Engine:
             del in_flight[place]
             with self._trace.span("apply"):
                 for step, answer in zip(published, answers, strict=True):
-                    self._take_in(step, answer)
+                    self._take_in(step, StepAnswer.read(answer))
         while steps := self._schedule():
             await self._publish(steps)
         if in_flight:
@@ -369,20 +398,13 @@ class Engine:
 
     async def _publish(self, steps: list[ScheduledStep]) -> None:
         assert self._ranks is not None, "the loop runs only once it is started"
+        if self._meter is not None:
+            for step in steps:
+                self._meter.published(step)
         leaders = [self._leaders[step.replica] for step in steps]
-        pending = await self._ranks.submit(self._encode(steps), leaders, (pending for _, pending in self._in_flight))
+        pending = await self._ranks.submit(encode_steps(steps, len(self._leaders)), leaders, (pending for _, pending in self._in_flight))
         pending.add_done_callback(self._wake.set)
         self._in_flight.append((steps, pending))
-
-    def _encode(self, steps: Sequence[ScheduledStep]) -> bytes | list[list[Any]]:
-        """Return what is published: a step, or with several replicas the tokens that each computes and its step, None for none."""
-        if len(self._leaders) == 1:
-            return encode_batch_step(steps[0].batch)
-        num_tokens: list[Any] = [0] * len(self._leaders)
-        parts: list[Any] = [None] * len(self._leaders)
-        for step in steps:
-            num_tokens[step.replica], parts[step.replica] = step.num_tokens, encode_batch_step(step.batch)
-        return [num_tokens, parts]
 
     def _on_progress(self, rank: int, done: int, total: int, what: str) -> None:
         if self._times is not None:
@@ -390,23 +412,28 @@ class Engine:
         if self._tell_progress is not None:
             self._tell_progress(rank, done, total, what)
 
-    def _take_in(self, step: ScheduledStep, answer: list[Any]) -> None:
+    def _take_in(self, step: ScheduledStep, answer: StepAnswer) -> None:
         if self._recovery is not None:
             self._recovery.progressed()
         if self._times is not None and not self._times.is_whole and step.sampled:
             self._times.first_token()
-        tokens, logprobs = answer
-        rows = None if logprobs is None else {id(sequence): logprobs[row] for row, sequence in enumerate(step.sampled)}
-        for sequence, token_ids, finish_reason in self._scheduler.apply(step, tokens):
+        verified, counts, num_drafts = answer.verified, None, None
+        if self._meter is not None and verified is not None:
+            self._meter.answered(step, verified)
+            counts, num_drafts = verified.counts.tolist(), verified.num_drafts.tolist()
+        logprobs = answer.logprobs_of(step)
+        for sequence, token_ids, finish_reason in self._scheduler.apply(step, answer.token_ids, counts, num_drafts):
             found = self._completions.get(sequence.sequence_id)
             if found is None:
                 continue  # nobody listens any more; the sequence was aborted as its consumer left
             stream, completion = found
-            if rows is not None and (row := rows.get(id(sequence))) is not None:
-                completion.logprobs += [TokenLogprob(token, row[0], dict(row[1])) for token in token_ids]
+            if logprobs:
+                completion.logprobs += logprobs[id(sequence)][: len(token_ids)]
             stop = completion.push(token_ids, finish_reason)
-            if stop is not None and not self._scheduler.finish(sequence.sequence_id, "stop", stop):
-                sequence.finish_reason, sequence.stop_reason = "stop", stop  # its last token completed the stop text as well
+            if stop is not None:
+                completion.cut()
+                if not self._scheduler.finish(sequence.sequence_id, "stop", stop):
+                    sequence.finish_reason, sequence.stop_reason = "stop", stop  # a token that came with it ended the sequence as well
             stream.notify()
 
     # faults
@@ -429,6 +456,8 @@ class Engine:
             try:
                 await self._ranks.replace()
                 self._recovery.restarted()
+                if self._meter is not None:
+                    self._meter.restarted()
                 return
             except (WorkerError, TransportError, LaunchError) as again:
                 error, steps = again, []

@@ -39,6 +39,25 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class RequestMetrics:
+    """What speculation did for a request, over all its completions.
+
+    Attributes:
+        num_steps: rows of the target that sampled for it, the one at the end of the prompt included.
+        num_drafted: tokens that were proposed and verified; ``num_accepted`` of them were kept.
+    """
+
+    num_steps: int
+    num_drafted: int
+    num_accepted: int
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens that a row of the target brought on average: 1 without speculation."""
+        return 1 + self.num_accepted / max(1, self.num_steps)
+
+
+@dataclass(slots=True)
 class RequestOutput:
     """The state of a request. ``text``, ``token_ids`` and ``finish_reason`` are the first completion's.
 
@@ -47,6 +66,7 @@ class RequestOutput:
         prompt_token_ids: as the model sees it.
         outputs: ``n`` completions, by index.
         finished: nothing will be added to any of them.
+        metrics: of speculation; None without.
     """
 
     request_id: str
@@ -54,6 +74,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    metrics: RequestMetrics | None = None
 
     @property
     def text(self) -> str:

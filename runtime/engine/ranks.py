@@ -31,6 +31,11 @@ class EngineRanks:
         self._num_blocks = 0
         self._cause: ZspmdError | None = None  # why the ranks are replaced
         self._watcher: asyncio.Task[None] | None = None
+        self._worker_args: dict[str, Any] = {}
+
+    def set_worker_arg(self, name: str, value: Any) -> None:
+        """Have the ranks that replace these set up with another value of a worker argument."""
+        self._worker_args[name] = value
 
     async def start(self, config: EngineConfig, max_model_len: int) -> int:
         """Start the ranks, size the KV pool and allocate it; returns its blocks, block 0 included.
@@ -63,7 +68,8 @@ class EngineRanks:
         await self._unwatch()
         await self.group.aclose(abort=True)
         self._cause = self.group.fault or self._cause
-        self.group = WorkerGroup(without_lost_hosts(self.group.config, self.group.fault))
+        config = replace(self.group.config, worker_args={**self.group.config.worker_args, **self._worker_args})
+        self.group = WorkerGroup(without_lost_hosts(config, self.group.fault))
         try:
             await self.group.start()
         except PreflightError as error:

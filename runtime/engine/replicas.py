@@ -85,9 +85,15 @@ class Replicas:
         steps = [scheduler.schedule() for scheduler in self._schedulers]
         return [step for step in steps if step is not None]
 
-    def apply(self, step: ScheduledStep, token_ids: SequenceOf[int] | npt.NDArray[np.integer]) -> list[Update]:
+    def apply(
+        self,
+        step: ScheduledStep,
+        token_ids: SequenceOf[int] | npt.NDArray[np.integer],
+        counts: SequenceOf[int] | None = None,
+        num_drafts: SequenceOf[int] | None = None,
+    ) -> list[Update]:
         """As ``Scheduler.apply``: the steps of one replica come back in their order."""
-        return self._schedulers[step.replica].apply(step, token_ids)
+        return self._schedulers[step.replica].apply(step, token_ids, counts, num_drafts)
 
     def statistics(self) -> SchedulerStatistics:
         """Return the sums over the replicas; a restart is one of all."""
@@ -95,7 +101,7 @@ class Replicas:
         if not others:
             return first
         every = [asdict(first), *map(asdict, others)]
-        sums = {name: sum(one[name] for one in every) for name in every[0]}
+        sums = {name: sum(one[name] for one in every) for name in every[0] if name != "speculation"}
         return SchedulerStatistics(**{**sums, "num_restarts": first.num_restarts})
 
     def replica_statistics(self) -> list[SchedulerStatistics]:

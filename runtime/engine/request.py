@@ -34,6 +34,9 @@ class Sequence:
         <------------ num_known ----------->
         <------------------- num_tokens --------------->        num_computed: have their KV once published steps have run
 
+    Where steps hold drafts it is known only afterwards how many tokens they sample: what is in flight, and all that counts it, are the
+    most that it can be.
+
     Args:
         sequence_id: unique among live sequences.
         request_id: of the request that it belongs to; named in errors.
@@ -65,6 +68,15 @@ class Sequence:
     blocks: list[int] = field(default_factory=list, init=False)
     num_tokens: int = field(default=0, init=False)
     num_computed: int = field(default=0, init=False)
+    num_ahead: int = field(default=0, init=False)
+    """Tokens that published steps can sample, whether it may grow so far or not."""
+    num_told: int = field(default=0, init=False)
+    """Tokens that ranks know from the driver; all of them but where only the last of several stages samples."""
+    num_steps: int = field(default=0, init=False)
+    """Steps that have sampled for it."""
+    num_drafted: int = field(default=0, init=False)
+    """Drafts of it that were verified; ``num_accepted`` of them were kept."""
+    num_accepted: int = field(default=0, init=False)
     max_num_tokens: int = field(default=0, init=False)
     """Prompt and outputs at most; set by ``Scheduler.add``."""
     end_token_ids: frozenset[int] = field(default=frozenset(), init=False)
@@ -94,6 +106,21 @@ class Sequence:
     @property
     def is_finished(self) -> bool:
         return self.state is SequenceState.FINISHED
+
+    def count_ahead(self, change: int) -> None:
+        """Count tokens that published steps can sample, from now on so many more."""
+        self.num_ahead += change
+        self.num_tokens = min(self.num_known + self.num_ahead, self.max_num_tokens)
+
+    def count_verified(self, most: int, count: int, num_drafts: int) -> None:
+        """Count a step that could sample ``most`` tokens, of which ``count`` are about to become known."""
+        self.num_steps += 1
+        self.num_drafted += num_drafts
+        self.num_accepted += max(0, count - 1)
+        self.num_ahead -= most
+        self.num_tokens = min(self.num_known + count + self.num_ahead, self.max_num_tokens)
+        if self.state is SequenceState.RUNNING:
+            self.num_computed = self.num_tokens - 1
 
     def token_ids(self, start: int = 0, stop: int | None = None) -> I32Array:
         """Return known tokens, prompt first, int32 [stop - start]."""

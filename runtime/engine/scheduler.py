@@ -14,6 +14,9 @@ The file passes 350 lines because all of it is one state machine, whose rules ar
 With several pipeline stages a rank does not know the token that the last stage samples, so that a sequence decodes only once its token
 is back, and is in one step at most; each step takes its share of the sequences, so that every stage has a step to work on.
 
+With speculation a decode holds drafts, as many as the step allows and each rank chooses, and gains one to that many tokens more. Blocks are
+there for the most, so that the ranks never wait for them; where they would have to be taken from others, the step allows no drafts.
+
 At most one running sequence has prompt left to compute, the newest: nobody is admitted behind an unfinished prompt, since that
 has taken the rest of the step's budget.
 """
@@ -30,6 +33,7 @@ import numpy.typing as npt
 
 from ...config import EngineConfig
 from ...errors import InternalError, RequestError
+from ...speculation_config import SpeculationConfig
 from .blocks import BlockPool
 from .plan import ScheduledStep, StepPlan, Update, build_slot_add
 from .queue import WaitingQueue
@@ -69,6 +73,7 @@ class Scheduler:
         self._config = config
         self._replica = replica
         self._num_stages = num_stages
+        self._max_drafts = config.speculation.k if isinstance(config.speculation, SpeculationConfig) else 0
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -159,13 +164,14 @@ class Scheduler:
         """
         self._preempt_all()
         for sequence in self._waiting:
-            sequence.num_tokens = sequence.num_known
+            sequence.count_ahead(-sequence.num_ahead)
         self._begin()
         self._totals["restarts"] += 1
 
     def schedule(self) -> ScheduledStep | None:
         """Decide the next step, which must be published; None if nothing can run until a step in flight has been applied."""
         plan = StepPlan(self._config.max_num_batched_tokens, self._replica)
+        plan.max_drafts = self._choose_max_drafts(plan)
         self._plan_decodes(plan)
         if self._prefilling is not None:
             self._plan_chunk(plan, self._prefilling)
@@ -186,32 +192,79 @@ class Scheduler:
         self._totals["computed"] += step.num_tokens
         return step
 
-    def apply(self, step: ScheduledStep, token_ids: SequenceOf[int] | npt.NDArray[np.integer]) -> list[Update]:
+    def apply(
+        self,
+        step: ScheduledStep,
+        token_ids: SequenceOf[int] | npt.NDArray[np.integer],
+        counts: SequenceOf[int] | None = None,
+        num_drafts: SequenceOf[int] | None = None,
+    ) -> list[Update]:
         """Take in the tokens of the oldest step in flight.
 
         Args:
             step: as ``schedule`` returned it.
-            token_ids: one for each of ``step.sampled``.
+            token_ids: those of each of ``step.sampled``, one after another.
+            counts: how many each has; None stands for one each. 0 is for a sequence that had all its tokens already.
+            num_drafts: drafts that each had; None where counts is.
 
         Returns:
-            The sequences that gained a token, in row order; those that had finished meanwhile are left out.
+            The sequences that gained tokens, in row order; those that had finished meanwhile are left out. Tokens behind the one that
+            ends a sequence are dropped.
 
         Raises:
             InternalError: a step out of turn, or a wrong number of tokens.
         """
         if not self._in_flight or self._in_flight[0] is not step:
             raise InternalError("a step was applied out of turn; steps are applied once, in the order in which they were scheduled")
-        if len(token_ids) != len(step.sampled):
-            raise InternalError(f"a step that samples {len(step.sampled)} rows came back with {len(token_ids)} tokens")
-        self._in_flight.popleft()
         tokens = token_ids.tolist() if isinstance(token_ids, np.ndarray) else token_ids
+        if counts is not None:
+            return self._apply_several(step, tokens, counts, num_drafts or [0] * len(counts))
+        if len(tokens) != len(step.sampled):
+            raise InternalError(f"a step that samples {len(step.sampled)} rows came back with {len(tokens)} tokens")
+        self._in_flight.popleft()
         updates, take_token = [], self._take_token
         for sequence, token in zip(step.sampled, tokens):
+            sequence.num_ahead -= 1
             if sequence.state is not _FINISHED:
                 updates.append(Update(sequence, [token], take_token(sequence, token)))
         self._totals["generated"] += len(updates)
         self._totals["discarded"] += len(tokens) - len(updates)
         return updates
+
+    def _apply_several(
+        self, step: ScheduledStep, tokens: SequenceOf[int], counts: SequenceOf[int], num_drafts: SequenceOf[int]
+    ) -> list[Update]:
+        """``apply`` where a row may hold drafts."""
+        mosts = [1] * (len(step.sampled) - step.num_decodes) + [1 + step.batch.max_drafts] * step.num_decodes
+        is_whole = len(counts) == len(num_drafts) == len(mosts) and sum(counts) == len(tokens)
+        if not is_whole or any(count > most or count > drafts + 1 for most, count, drafts in zip(mosts, counts, num_drafts)):
+            raise InternalError(
+                f"rows that can gain {mosts} tokens came back with {counts}, of {num_drafts} drafts, and {len(tokens)} tokens"
+            )
+        self._in_flight.popleft()
+        updates, end = [], 0
+        for sequence, most, count, drafts in zip(step.sampled, mosts, counts, num_drafts):
+            start, end = end, end + count
+            if sequence.state is _FINISHED:
+                continue
+            sequence.count_verified(most, count, drafts)
+            taken, reason = self._take_tokens(sequence, tokens[start:end])
+            if taken:
+                updates.append(Update(sequence, taken, reason))
+        num_taken = sum(len(update.token_ids) for update in updates)
+        self._totals["generated"] += num_taken
+        self._totals["discarded"] += len(tokens) - num_taken
+        return updates
+
+    def _take_tokens(self, sequence: Sequence, tokens: SequenceOf[int]) -> tuple[list[int], str | None]:
+        """Append tokens that came back, up to the one that ends the sequence; returns those and the reason."""
+        taken = []
+        for token in tokens:
+            taken.append(token)
+            reason = self._take_token(sequence, token)
+            if reason is not None:
+                return taken, reason
+        return taken, None
 
     def statistics(self) -> SchedulerStatistics:
         return SchedulerStatistics(
@@ -244,10 +297,15 @@ class Scheduler:
         _require(self._prefilling is None or self._prefilling is running[-1], "a prompt is unfinished, and not the newest one's")
         ages = [sequence.age for sequence in running] + [first.age for first in [self._waiting.first()] if first is not None]
         _require(ages == sorted(ages), f"running and waiting sequences are out of order: {ages}")
-        in_flight = Counter(id(sequence) for step in self._in_flight for sequence in step.sampled)
+        in_flight: Counter[int] = Counter()
+        for step in self._in_flight:
+            for place, sequence in enumerate(step.sampled):
+                in_flight[id(sequence)] += step.most_tokens(place)
         for sequence in (*running, *waiting):
             name, counted = sequence.sequence_id, in_flight[id(sequence)]
-            _require(sequence.num_in_flight == counted, f"{name} counts {sequence.num_in_flight} tokens in flight, not {counted}")
+            _require(sequence.num_ahead == counted, f"{name} counts {sequence.num_ahead} tokens in flight, not {counted}")
+            ahead = min(counted, sequence.max_num_tokens - sequence.num_known)
+            _require(sequence.num_in_flight == ahead, f"{name} counts {sequence.num_in_flight} tokens in flight, not {ahead}")
             _require(sequence.num_tokens <= sequence.max_num_tokens, f"{name} grew beyond {sequence.max_num_tokens} tokens")
             _require(sequence.num_computed < sequence.num_tokens, f"{name} computed a token that nobody has sampled")
             _require(self._blocks_for(sequence.num_computed) <= len(sequence.blocks), f"{name} computed tokens beyond its blocks")
@@ -276,36 +334,59 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
 
+    def _choose_max_drafts(self, plan: StepPlan) -> int:
+        """Return how many drafts each decode may hold: no more than the step has room for, and none that cost others their blocks."""
+        if not self._max_drafts:
+            return 0
+        num_decodes = len(self._running) or 1
+        most = min(self._max_drafts, plan.budget // num_decodes - 1)
+        if most <= 0:
+            return 0
+        blocks_each = self._blocks_for(1 + most) + 1
+        return most if self._pool.num_free >= blocks_each * num_decodes else 0
+
     def _plan_decodes(self, plan: StepPlan) -> None:
-        """One token for each running sequence past its prompt, while the tokens in flight leave it room to grow."""
-        block_size, prefilling, decodes = self._config.block_size, self._prefilling, plan.decodes
-        has_stages, share = self._num_stages > 1, -(-len(self._running) // self._num_stages)
+        """One token for each running sequence past its prompt, and drafts, while the tokens in flight leave it room to grow."""
+        block_size, prefilling, decodes, most = self._config.block_size, self._prefilling, plan.decodes, 1 + plan.max_drafts
+        has_stages, share = self._num_stages > 1, self._decode_share()
+        longest = 1 + self._max_drafts
         for sequence in list(self._running.values()):
             if sequence.state is not _RUNNING:
                 break  # preempted by an older one just now, as are all that follow
-            if sequence is prefilling or sequence.num_tokens >= sequence.max_num_tokens:
-                continue
+            if sequence is prefilling or sequence.num_known + -(-sequence.num_ahead // longest) >= sequence.max_num_tokens:
+                continue  # even if no draft is kept, the steps in flight fill it
             if has_stages and (sequence.num_in_flight or len(decodes) == share):
                 continue
-            if sequence.num_computed == len(sequence.blocks) * block_size and not self._grow(plan, sequence):
+            num_tokens = min(sequence.num_tokens + most, sequence.max_num_tokens)
+            if num_tokens - 1 > len(sequence.blocks) * block_size and not self._grow(plan, sequence, num_tokens - 1):
                 break
-            sequence.num_computed += 1
-            sequence.num_tokens += 1
+            sequence.num_ahead += most
+            sequence.num_tokens = num_tokens
+            sequence.num_computed = num_tokens - 1
             decodes.append(sequence)
-        plan.budget -= len(plan.decodes)
+        plan.budget -= most * len(plan.decodes)
 
-    def _grow(self, plan: StepPlan, sequence: Sequence) -> bool:
-        """Give a sequence its next block, at the cost of newer ones where none is free; False if it had to give way itself."""
-        while not self._pool.num_free:
-            assert len(self._running) > 1, "one sequence alone does not fit, although add() checked it"
-            victim = self._newest()
-            self._preempt(victim)
-            self._totals["preemptions"] += 1
-            if victim is sequence:
-                return False
-        block = self._pool.allocate(1)[0]
-        sequence.blocks.append(block)
-        plan.append_block(sequence.slot, block)
+    def _decode_share(self) -> int:
+        """How many sequences a step takes at most: an equal part for each stage, now and when those in flight come back."""
+        if self._num_stages == 1:
+            return len(self._running)
+        num_ready = sum(not sequence.num_in_flight and sequence is not self._prefilling for sequence in self._running.values())
+        num_idle = max(1, self._num_stages - len(self._in_flight))
+        return min(-(-len(self._running) // self._num_stages), -(-num_ready // num_idle))
+
+    def _grow(self, plan: StepPlan, sequence: Sequence, num_positions: int) -> bool:
+        """Give a sequence blocks for so many positions, at the cost of newer ones where none is free; False if it gave way itself."""
+        while len(sequence.blocks) * self._config.block_size < num_positions:
+            while not self._pool.num_free:
+                assert len(self._running) > 1, "one sequence alone does not fit, although add() checked it"
+                victim = self._newest()
+                self._preempt(victim)
+                self._totals["preemptions"] += 1
+                if victim is sequence:
+                    return False
+            block = self._pool.allocate(1)[0]
+            sequence.blocks.append(block)
+            plan.append_block(sequence.slot, block)
         return True
 
     def _newest(self) -> Sequence:
@@ -319,7 +400,7 @@ class Scheduler:
         sequence.num_computed += count
         self._prefilling = sequence
         if sequence.num_computed == sequence.num_tokens:
-            sequence.num_tokens += 1
+            sequence.count_ahead(1)
             plan.chunk_samples.append(sequence)
             self._prefilling = None
 
@@ -352,6 +433,7 @@ class Scheduler:
         sequence.slot = self._free_slots.pop()
         sequence.blocks = cached + self._pool.allocate(num_new_blocks)
         sequence.num_computed = num_cached
+        sequence.num_told = num_tokens
         sequence.register_at = num_cached + config.block_size
         self._totals["prefix_queries"] += num_tokens
         self._totals["prefix_hits"] += num_cached

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...config import SamplingParams
 from .detokenizer import Detokenizer
-from .outputs import CompletionOutput, RequestOutput, TokenLogprob
+from .outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprob
 from .request import I32Array, Sequence
 from .tokenizer import Tokenizer
 from .wakeup import Wakeup
@@ -27,6 +27,12 @@ class Completion:
     def push(self, token_ids: list[int], finish_reason: str | None) -> str | None:
         """Take in new tokens; returns the stop text that they completed, if any."""
         return None if self.detokenizer is None else self.detokenizer.push(token_ids, finish_reason)
+
+    def cut(self) -> None:
+        """Drop what was taken in with, but behind, the token that completed a stop text."""
+        assert self.detokenizer is not None, "there is no stop text without one"
+        del self.sequence.output_token_ids[self.detokenizer.num_tokens :]
+        del self.logprobs[self.detokenizer.num_tokens :]
 
     def snapshot(self) -> CompletionOutput:
         """Return everything since the request began."""
@@ -71,12 +77,16 @@ class RequestStream:
         await self._changed.wait()
         if self._error is not None:
             raise self._error.with_traceback(None)  # one error for many consumers: each begins its own traceback
-        outputs, is_finished = [], True
+        outputs, is_finished, num_steps, num_drafted, num_accepted = [], True, 0, 0, 0
         for completion in self.completions:
-            output = completion.snapshot()
+            output, sequence = completion.snapshot(), completion.sequence
             outputs.append(output)
             is_finished = is_finished and output.finish_reason is not None
-        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs, is_finished)
+            num_steps += sequence.num_steps
+            num_drafted += sequence.num_drafted
+            num_accepted += sequence.num_accepted
+        metrics = RequestMetrics(num_steps, num_drafted, num_accepted) if num_steps else None
+        return RequestOutput(self.request_id, self._prompt, self._prompt_token_ids, outputs, is_finished, metrics)
 
 
 def build_stream(

@@ -67,6 +67,10 @@ class Tokenizer:
         """Tokens that have a text, added ones included; the model's vocabulary may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return the id of every token, added ones included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a text, with the special tokens that ``tokenizer.json`` puts around it; a rendered chat has its own."""
         try:

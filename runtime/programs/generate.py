@@ -8,21 +8,25 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...config import DTYPES, Deadlines, EngineConfig, RestartPolicy, SamplingParams
+from ...config import DTYPES, EXPERT_DISPATCHES, Deadlines, EngineConfig, RestartPolicy, SamplingParams
 from ...errors import ConfigError, RequestError, ZspmdError
 from ...model_config import read_model_config
+from ...transformers_config import read_any_config
 from ...transport.security import check_bind_address
 from ..engine.checkpoint import open_checkpoint
+from ..engine.draft_checkpoint import find_draft
 from ..engine.engine import Engine
 from ..engine.outputs import RequestOutput
-from ..engine.rank_shares import choose_dtype_name, share_model
+from ..engine.rank_shares import choose_dtype_name, share_draft, share_model
 from ..engine.start_times import describe_moments
 from ..launch.command.console import RankConsole
 from ..launch.command.rank_prefixes import rank_hosts
+from ..launch.command.speculation_options import add_speculation_arguments, read_speculation
 
 if TYPE_CHECKING:
     from ..launch.cli import LaunchOptions
@@ -52,8 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="prompts that run at once (64)")
     engine.add_argument("--num-blocks", type=int, metavar="N", help="blocks of the KV pool (from free memory)")
     engine.add_argument("--pp-partition", metavar="N,N", help="layers of each stage of --pp, such as 3,2 (equal)")
+    engine.add_argument("--redundant-experts", type=int, default=0, metavar="N", help="further copies of experts in a mixture layer (0)")
+    ways = "how tokens reach experts that replicas share (auto)"
+    engine.add_argument("--expert-dispatch", default="auto", choices=EXPERT_DISPATCHES, help=ways)
     engine.add_argument("--bind", metavar="ADDR", help="an IP address of this host: ranks connect to it by TCP, with CURVE (no TCP)")
     engine.add_argument("--max-restarts", type=int, default=3, metavar="N", help="replace failed workers N times a minute at most (3)")
+    add_speculation_arguments(parser)
 
 
 def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
@@ -62,8 +70,8 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     _restart_policy(arguments)
     if arguments.bind is not None:
         check_bind_address(arguments.bind)
-    checkpoint = open_checkpoint(arguments.model, options.parallel, _engine_config(arguments))
-    if checkpoint.tokenizer is None:
+    checkpoint = open_checkpoint(arguments.model, options.parallel, _engine_config(arguments), needs_weights=not options.is_dry)
+    if checkpoint.tokenizer is None and not options.is_dry:
         raise ConfigError(f"{checkpoint.directory} has no tokenizer.json, without which there is no text; add one")
     for prompt in arguments.prompts:
         if not prompt:
@@ -73,11 +81,27 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
 
 def share_out(directory: str, arguments: argparse.Namespace, options: LaunchOptions) -> list[dict[str, Any]]:
     """Return what each rank will hold of the model in ``directory``, for ``--dry-run``: names and values of one row a rank."""
-    model = read_model_config(Path(directory))
+    model = read_any_config(Path(directory))
     spec = options.device_spec if options.device_spec in ("cpu", "cuda") else None  # "auto" is for other nodes to say
     devices = options.devices or [spec] * options.parallel.world_size
     dtypes = [choose_dtype_name(arguments.dtype, model.dtype, device) for device in devices]
-    return [share.to_row() for share in share_model(model, options.parallel, _pp_partition(arguments), dtypes)]
+    num_redundant = arguments.redundant_experts
+    shares = share_model(model, options.parallel, _pp_partition(arguments), dtypes, num_redundant=num_redundant)
+    rows = [share.to_row() for share in shares]
+    return _add_drafts(rows, devices, arguments, options)
+
+
+def _add_drafts(
+    rows: list[dict[str, Any]], devices: Sequence[str | None], arguments: argparse.Namespace, options: LaunchOptions
+) -> list[dict[str, Any]]:
+    """Return the rows with ``draft_bytes``, the weights of all draft models on a rank, where there are any."""
+    speculation = read_speculation(arguments)
+    for config in () if speculation is None else speculation.drafts:
+        draft = read_model_config(find_draft(config.model))
+        dtypes = [choose_dtype_name(arguments.dtype, draft.dtype, device) for device in devices]
+        for row, size_bytes in zip(rows, share_draft(draft, config.tp, options.parallel, dtypes)):
+            row["draft_bytes"] = None if size_bytes is None else row.get("draft_bytes", 0) + size_bytes
+    return rows
 
 
 def run(arguments: argparse.Namespace, options: LaunchOptions) -> Coroutine[Any, Any, int]:
@@ -145,7 +169,7 @@ async def _complete(prompts: list[str], arguments: argparse.Namespace, options: 
             finally:
                 await _cancel([completion.task for completion in completions])
             elapsed_s = time.monotonic() - started
-            console.say(f"done: {num_tokens} tokens in {elapsed_s:.2f} s")
+            console.say(f"done: {num_tokens} tokens in {elapsed_s:.2f} s{_describe_speculation(engine)}")
             for line in describe_moments(engine.start_times()) if arguments.timings else ():
                 console.say(line)
     return 1 if num_failed else 0
@@ -231,6 +255,9 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
         num_blocks=arguments.num_blocks,
         dtype=arguments.dtype,
         pp_partition=_pp_partition(arguments),
+        redundant_experts=arguments.redundant_experts,
+        expert_dispatch=arguments.expert_dispatch,
+        speculation=read_speculation(arguments),
     )
 
 
@@ -244,5 +271,12 @@ def _pp_partition(arguments: argparse.Namespace) -> tuple[int, ...] | None:
         raise ConfigError(f"--pp-partition is {text!r}; give the number of layers of each stage, such as 3,2") from None
 
 
+def _describe_speculation(engine: Engine) -> str:
+    """Return what became of the proposals; nothing where there is no speculation."""
+    counted = engine.statistics().speculation
+    return "" if counted is None else f", {sum(counted.accepted)} of {sum(counted.drafted)} proposed ones kept"
+
+
 def _as_json(prompt: str, output: RequestOutput) -> dict[str, Any]:
-    return {"prompt": prompt, "text": output.text, "token_ids": output.token_ids, "finish_reason": output.finish_reason}
+    answer = {"prompt": prompt, "text": output.text, "token_ids": output.token_ids, "finish_reason": output.finish_reason}
+    return answer if output.metrics is None else {**answer, "metrics": asdict(output.metrics)}

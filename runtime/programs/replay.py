@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 USES = ("logs",)
 
-_MEASUREMENTS = {"zspmd.workers.model_worker:ModelWorker": ("kv_capacity",)}  # by worker: what answers the machine's free memory
+_MEASUREMENTS = {  # by worker: the machine's free memory, and with speculation the times of a step
+    "zspmd.workers.model_worker:ModelWorker": ("kv_capacity", "answer[4][1]", "answer[4][2]"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ignore",
         action="append",
         default=[],
-        metavar="METHOD",
-        help="do not compare what calls of it answer, such as a time; may be repeated",
+        metavar="WHAT",
+        help="do not compare what calls of a method answer, such as a time, or what stands at a place in the answers of steps, such as "
+        "'answer[4][1]', as the report names it; may be repeated",
     )
     parser.add_argument("--rank", type=int, metavar="R", help="replay this rank alone, in this terminal: for a debugger or a profiler")
 

@@ -58,17 +58,20 @@ class Slot:
 class SimulatedRank:
     """Applies batch steps as ``transport/batch.py`` says. Each position of its KV cache holds the hash of the tokens up to there.
 
-    With ``is_told`` it forgets what it samples, as the first stages of a pipeline never know it.
+    With ``is_told`` it forgets what it samples, as the first stages of a pipeline never know it. Where a step allows drafts, a decode row
+    holds a random number of them, right and wrong ones.
     """
 
     config: EngineConfig
     num_blocks: int
     is_told: bool = False
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
     slots: dict[int, Slot] = field(default_factory=dict)
     decode_slots: list[int] = field(default_factory=list)
     kv: dict[int, int] = field(default_factory=dict)
 
-    def run(self, step: BatchStep) -> list[int]:
+    def run(self, step: BatchStep) -> tuple[list[list[int]], list[int]]:
+        """Return the tokens of each row that samples, and its drafts."""
         for slot in step.deletes:
             del self.slots[slot]
         for add in step.adds:
@@ -83,14 +86,50 @@ class SimulatedRank:
             self.decode_slots = step.decode_slots.tolist()
         assert (step.decode_tokens is not None) is self.is_told
         if step.decode_tokens is not None:
-            for slot, token in zip(self.decode_slots, step.decode_tokens.tolist(), strict=True):
-                self.slots[slot].tokens.append(token)
-        rows = list(zip(step.chunk_slots.tolist(), step.chunk_tokens.tolist())) + [(slot, 1) for slot in self.decode_slots]
-        self.check_rows(rows)
-        return [token for slot, count in rows for token in self.compute(self.slots[slot], count)]
+            counts = [1] * len(self.decode_slots) if step.decode_counts is None else step.decode_counts.tolist()
+            assert sum(counts) == len(step.decode_tokens)
+            tokens = iter(step.decode_tokens.tolist())
+            for slot, count in zip(self.decode_slots, counts, strict=True):
+                state = self.slots[slot]
+                state.tokens += [next(tokens) for _ in range(count)]
+                state.num_computed = len(state.tokens) - 1
+        chunks = list(zip(step.chunk_slots.tolist(), step.chunk_tokens.tolist()))
+        self.check_rows(chunks, step.max_drafts)
+        sampled = [self.compute(self.slots[slot], count) for slot, count in chunks]
+        sampled = [tokens for tokens in sampled if tokens]
+        drafts = [0] * len(sampled)
+        for slot in self.decode_slots:
+            verified, num_drafts = self.verify(self.slots[slot], step.max_drafts)
+            sampled.append(verified)
+            drafts.append(num_drafts)
+        return sampled, drafts
 
-    def check_rows(self, rows: list[tuple[int, int]]) -> None:
+    def verify(self, state: Slot, max_drafts: int) -> tuple[list[int], int]:
+        """Compute a decode row with drafts; returns the tokens that are kept, none where the sequence has all that it may have."""
+        limit = min(state.add.max_num_tokens, len(state.blocks) * self.config.block_size + 1)
+        if len(state.tokens) >= state.add.max_num_tokens:
+            assert self.config.speculation is not None
+            return [], 0
+        known, kept = list(state.tokens), list[int]()
+        right = True
+        num_drafts = self.chance.randint(0, max(0, min(max_drafts, limit - len(known) - 1)))
+        for position in range(len(known) - 1, len(known) + num_drafts):
+            self.kv[self.flat(state, position)] = prefix_hash(state.tokens[: position + 1])
+            token = self.sample(state)
+            if right:
+                kept.append(token)
+            right = right and self.chance.random() < 0.7
+            state.tokens.append(token if right else (token + 1) % VOCABULARY)
+        del state.tokens[len(known) :]
+        state.num_computed = len(known)
+        if not self.is_told:
+            state.tokens += kept
+            state.num_computed = len(state.tokens) - 1
+        return kept, num_drafts
+
+    def check_rows(self, chunks: list[tuple[int, int]], max_drafts: int) -> None:
         """What is read of the cache must have been there before this step: rows of one step share nothing that they write."""
+        rows = chunks + [(slot, 1 + max_drafts) for slot in self.decode_slots]
         assert rows
         assert len({slot for slot, _ in rows}) == len(rows)
         assert sum(count for _, count in rows) <= self.config.max_num_batched_tokens
@@ -109,12 +148,15 @@ class SimulatedRank:
         state.num_computed += count
         if state.num_computed < len(state.tokens):
             return []
-        num_outputs = len(state.tokens) - state.add.num_prompt
-        may_end = num_outputs >= state.add.min_tokens or EOS not in state.add.end_token_ids
-        token = next_token(state.tokens, state.add.seed, may_end)
+        token = self.sample(state)
         if not self.is_told:
             state.tokens.append(token)
         return [token]
+
+    def sample(self, state: Slot) -> int:
+        num_outputs = len(state.tokens) - state.add.num_prompt
+        may_end = num_outputs >= state.add.min_tokens or EOS not in state.add.end_token_ids
+        return next_token(state.tokens, state.add.seed, may_end)
 
     def flat(self, state: Slot, position: int) -> int:
         block = state.blocks[position // self.config.block_size]
@@ -137,8 +179,8 @@ class Simulation:
         self.scheduler = Scheduler(
             self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len, eos_token_ids=[EOS], num_stages=self.num_stages
         )
-        self.rank = SimulatedRank(self.config, self.num_blocks, is_told=self.num_stages > 1)
-        self.pending: deque[tuple[ScheduledStep, list[int]]] = deque()
+        self.rank = SimulatedRank(self.config, self.num_blocks, is_told=self.num_stages > 1, chance=self.chance)
+        self.pending: deque[tuple[ScheduledStep, list[list[int]], list[int]]] = deque()
 
     def run(self, sequences: list[Sequence], abort_share: float) -> None:
         waiting, live = deque(sequences), []
@@ -162,19 +204,20 @@ class Simulation:
             if step is None and not self.pending:
                 assert not self.scheduler.has_work(), "work is left, nothing is in flight and nothing can be scheduled"
         if step is not None:
-            tokens = self.rank.run(decode_batch_step(encode_batch_step(step.batch)))
+            tokens, drafts = self.rank.run(decode_batch_step(encode_batch_step(step.batch)))
             assert len(tokens) == len(step.sampled)
             if self.num_stages > 1:
-                on_their_way = [id(sequence) for published, _ in self.pending for sequence in published.sampled]
+                on_their_way = [id(sequence) for published, _, _ in self.pending for sequence in published.sampled]
                 assert not set(map(id, step.sampled)) & set(on_their_way), "a sequence decodes before its last token is known"
                 assert step.batch.decode_slots is not None
                 assert len(step.batch.decode_slots) <= -(-num_running // self.num_stages), "another stage is left without its share"
-            self.pending.append((step, tokens))
+            self.pending.append((step, tokens, drafts))
         elif self.pending:
-            step, tokens = self.pending.popleft()
-            for update in self.scheduler.apply(step, np.array(tokens, np.int32)):
+            step, tokens, drafts = self.pending.popleft()
+            several = () if self.config.speculation is None else ([len(row) for row in tokens], drafts)
+            for update in self.scheduler.apply(step, np.array([token for row in tokens for token in row], np.int32), *several):
                 assert update.finish_reason == update.sequence.finish_reason
-                assert update.sequence.output_token_ids[-1:] == update.token_ids
+                assert update.sequence.output_token_ids[-len(update.token_ids) :] == update.token_ids
 
 
 @st.composite
@@ -189,6 +232,7 @@ def simulations(draw: st.DrawFn) -> tuple[Simulation, list[Sequence], float]:
         block_size=block_size,
         enable_prefix_cache=draw(st.booleans()),
         enable_chunked_prefill=chunked,
+        speculation=draw(st.sampled_from([None, "ngram:k=1", "ngram:k=3", "ngram:k=7"])),
     )
     fewest = -(-max_model_len // block_size) + 1
     num_blocks = draw(st.sampled_from([fewest, fewest + fewest // 2, 3 * fewest]))
@@ -231,8 +275,9 @@ def test_every_sequence_gets_the_tokens_it_would_get_alone(case: tuple[Simulatio
 
 @pytest.mark.parametrize(("window", "num_stages"), [(1, 1), (2, 1), (3, 1), (3, 2), (5, 4)])
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "whole"])
-def test_a_small_pool_preempts_and_everyone_still_finishes(window: int, num_stages: int, chunked: bool) -> None:
-    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, block_size=2, enable_chunked_prefill=chunked)
+@pytest.mark.parametrize("speculation", [None, "ngram:k=3"], ids=["plain", "speculating"])
+def test_a_small_pool_preempts_and_everyone_still_finishes(window: int, num_stages: int, chunked: bool, speculation: str | None) -> None:
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=16, block_size=2, enable_chunked_prefill=chunked, speculation=speculation)
     simulation = Simulation(config, num_blocks=18, max_model_len=32, window=window, chance=random.Random(7), num_stages=num_stages)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     sequences = [Sequence(f"s{i}", f"r{i}", np.arange(i, i + 8, dtype=np.int32), params, seed=i) for i in range(6)]

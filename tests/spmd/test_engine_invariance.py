@@ -99,9 +99,9 @@ def make_requests() -> Requests:
 REQUESTS = make_requests()
 
 
-@pytest.fixture(scope="module", params=["llama", "dots1"])
+@pytest.fixture(scope="module", params=["llama", "dots1", pytest.param("deepseek-v3", marks=pytest.mark.long)])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model and a mixture of experts, which sorts its tokens by expert: everybody's among everybody's."""
+    """A dense model, a mixture of experts, which sorts its tokens by expert, everybody's among everybody's, and one that caches latents."""
     directory = tmp_path_factory.mktemp("checkpoint")
     save_checkpoint(directory, request.param)
     return directory

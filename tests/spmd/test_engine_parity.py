@@ -29,7 +29,7 @@ EVERY_EP: tuple[Layout, ...] = (
     *((2, 1, 2, ep) for ep in (1, 2, 4)),
     *((2, 2, 1, ep) for ep in (1, 2)),
 )
-MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "dots1", "glm4-moe")
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "dots1", "glm4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3")
 QUICK: dict[str, tuple[Layout, ...]] = {
     "llama": EVERY_TP,
     "qwen3": EVERY_TP,
@@ -41,6 +41,8 @@ QUICK: dict[str, tuple[Layout, ...]] = {
     "qwen3-moe": ((2, 1, 1, 2), (1, 2, 2, 2)),
     "dots1": ((2, 1, 1, 1), (1, 1, 2, 2)),
     "glm4-moe": ((2, 1, 1, 1), (1, 2, 1, 1)),
+    "deepseek-v2": ((1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 2)),
+    "deepseek-v3": ((2, 1, 1, 2), (1, 2, 1, 1), (1, 1, 2, 1)),
 }
 CASES = [
     *(pytest.param((family, layouts, 2), id=family) for family, layouts in QUICK.items()),

@@ -58,6 +58,19 @@ def test_prompts_come_from_standard_input_and_answers_as_json(leak_check: LeakCh
     assert [(a["prompt"], a["text"], a["finish_reason"]) for a in answers] == [("7+8=", "15", "stop"), ("10+20=", "30", "stop")]
 
 
+def test_speculation_keeps_the_text_and_says_what_it_did(leak_check: LeakCheck) -> None:
+    done = run(
+        "--tp", "2", "generate", "--json", "--speculate", "draft:demo,k=3+ngram", "--speculate-policy", "fixed", "123+456=", "zspmd is"
+    )
+    assert done.returncode == 0
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["prompt"] + answer["text"] for answer in answers] == ["123+456=579", LINE]
+    kept, drafted = (sum(answer["metrics"][name] for answer in answers) for name in ("num_accepted", "num_drafted"))
+    assert 0 < kept <= drafted
+    assert all(len(a["token_ids"]) <= a["metrics"]["num_steps"] + a["metrics"]["num_accepted"] for a in answers)
+    assert re.search(r"done: \d+ tokens in [\d.]+ s, \d+ of \d+ proposed ones kept", done.stderr)
+
+
 def test_no_prompt_at_all_is_an_error(leak_check: LeakCheck) -> None:
     done = run("generate")
     assert (done.returncode, done.stdout) == (2, "")

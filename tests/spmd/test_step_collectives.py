@@ -34,13 +34,17 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.1, "min_p": 0.05, "presence_penalty": 0.3},
 )
 LAYOUTS = [
-    pytest.param("llama", (2, 1, 1, 1), id="tp 2"),
-    pytest.param("llama", (1, 2, 1, 1), id="pp 2"),
-    pytest.param("mixtral", (1, 1, 2, 2), id="dp 2 x ep 2"),
-    pytest.param("llama", (2, 2, 1, 1), id="tp 2 x pp 2"),
-    pytest.param("dots1", (2, 1, 2, 4), id="tp 2 x dp 2 x ep 4", marks=pytest.mark.long),
-    pytest.param("dots1", (1, 2, 2, 2), id="pp 2 x dp 2 x ep 2", marks=pytest.mark.long),
-    pytest.param("llama", (1, 1, 2, 1), id="dp 2", marks=pytest.mark.long),
+    pytest.param("llama", (2, 1, 1, 1), "auto", id="tp 2"),
+    pytest.param("llama", (1, 2, 1, 1), "auto", id="pp 2"),
+    pytest.param("mixtral", (1, 1, 2, 2), "auto", id="dp 2 x ep 2"),
+    pytest.param("mixtral", (1, 1, 2, 2), "all_to_all", id="dp 2 x ep 2, all-to-all"),
+    pytest.param("llama", (2, 2, 1, 1), "auto", id="tp 2 x pp 2"),
+    pytest.param("dots1", (2, 1, 2, 4), "auto", id="tp 2 x dp 2 x ep 4", marks=pytest.mark.long),
+    pytest.param("dots1", (1, 2, 2, 2), "auto", id="pp 2 x dp 2 x ep 2", marks=pytest.mark.long),
+    pytest.param("dots1", (2, 1, 2, 4), "all_to_all", id="tp 2 x dp 2 x ep 4, all-to-all", marks=pytest.mark.long),
+    pytest.param("llama", (1, 1, 2, 1), "auto", id="dp 2", marks=pytest.mark.long),
+    pytest.param("mixtral", (1, 1, 4, 2), "auto", id="dp 4 x ep 2", marks=pytest.mark.long),
+    pytest.param("mixtral", (1, 1, 4, 2), "all_to_all", id="dp 4 x ep 2, all-to-all", marks=pytest.mark.long),
 ]
 
 
@@ -110,7 +114,7 @@ async def check_steps(engine: zspmd.Engine, sizes: ModelSizes, published: Publis
     for rank, (steps, _) in enumerate(answers):
         assert len(steps) == len(published.parts), f"rank {rank} did {len(steps)} steps of {len(published.parts)}"
         for number, (parts, found) in enumerate(zip(published.parts, steps, strict=True)):
-            wanted = predict_collectives(sizes, engine.parallel, parts, rank)
+            wanted = predict_collectives(sizes, engine.parallel, parts, rank, engine.config.expert_dispatch)
             if found != wanted:
                 wrong.append(f"rank {rank}, step {number} of {parts}: {found}, not {wanted}")
     published.parts.clear()
@@ -123,9 +127,9 @@ async def control_records(engine: zspmd.Engine) -> list[dict[str, int]]:
     return [{kind: count for kind, count in sent.items() if kind != "Beat"} for _, sent in answers]
 
 
-@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("family", "layout", "dispatch"), LAYOUTS)
 async def test_the_collectives_of_each_step_follow_from_the_step(
-    leak_check: LeakCheck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, layout: tuple[int, int, int, int]
+    leak_check: LeakCheck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, layout: tuple[int, int, int, int], dispatch: str
 ) -> None:
     save_checkpoint(tmp_path, family, num_hidden_layers=3)  # stages of two layers and one
     monkeypatch.setattr("zspmd.runtime.engine.engine.WORKER", counted_model.WORKER)
@@ -136,6 +140,7 @@ async def test_the_collectives_of_each_step_follow_from_the_step(
         "num_blocks": NUM_BLOCKS,
         "max_num_seqs": 8,
         "max_num_batched_tokens": MAX_STEP_TOKENS,
+        "expert_dispatch": dispatch,
     }
     async with build_engine(tmp_path, tp=tp, pp=pp, dp=dp, ep=ep, **config) as engine:
         await engine.group.call("start_counting")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from support.foreign_families import FOREIGN, REFUSED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 transformers.logging.set_verbosity_error()
@@ -22,6 +23,28 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "mscale": 0.7,  # checkpoints have equal ones, which leaves cos and sin as they are
+    "mscale_all_dim": 1.0,
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "rope_parameters": YARN,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 44,
+    "first_k_dense_replace": 1,
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 509,  # odd, so that every tensor-parallel size pads it
@@ -88,6 +111,33 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_nextn_predict_layers": 0,
         },
     ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "q_lora_rank": 28,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 3.0,
+            "rms_norm_eps": 1e-3,  # not that of the norms within the attention
+        },
+    ),
+    "deepseek-v2-lite": ("deepseek_v2", {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}),
+    "deepseek-v3": ("deepseek_v3", {**LATENT, "q_lora_rank": 28, "n_group": 4, "topk_group": 2, "attention_bias": True}),
+    "deepseek-v3-halves": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "kv_lora_rank": 8,  # so small that nothing is ever expanded
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            "rope_parameters": None,
+        },
+    ),
 }
 
 
@@ -105,15 +155,15 @@ def save_checkpoint(
 
     Args:
         directory: made if it is not there.
-        family: a key of ``FAMILIES``.
+        family: a key of ``FAMILIES``, ``FOREIGN`` or ``REFUSED``.
         seed: equal seeds give equal weights.
         dtype: of the stored weights and of the returned model.
         max_shard_size: below the model's size (about 500 KB in float32) the weights are split and an index is written.
         stacks_experts: write the experts of a layer as one tensor, as Transformers has them in memory, instead of one by one.
         overrides: fields of config.json.
     """
-    model_type, fields = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(model_type, **{**SIZES, **fields, **overrides})
+    model_type, fields = {**FAMILIES, **FOREIGN, **REFUSED}[family]
+    config = transformers.AutoConfig.for_model(model_type, **{k: v for k, v in {**SIZES, **fields, **overrides}.items() if v is not ...})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

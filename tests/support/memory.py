@@ -21,7 +21,7 @@ def peak_bytes() -> int:
     return int(match[1]) << 10
 
 
-def resident_bytes() -> int:
-    """Return what this process holds in memory now, in bytes."""
-    with open("/proc/self/statm") as file:
+def resident_bytes(pid: int | None = None) -> int:
+    """Return what a process holds in memory now, in bytes; None is this one."""
+    with open(f"/proc/{pid or 'self'}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

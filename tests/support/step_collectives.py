@@ -3,13 +3,16 @@
     first stage    embedding    tp all-reduce        T * D
     each layer     attention    tp all-reduce        T * D
                    MLP          tp all-reduce        T * D
-                   experts of   dp all-gather        longest * D            before it, where all replicas share them; also where
-                   all replicas dp reduce-scatter    dp * longest * D       this replica has no token
+                   experts of   dp all-gather        longest * D            before it, where replicas share them; also where this
+                   replicas     dp reduce-scatter    dp * longest * D       replica has no token, if another of these has some
+                   or else      ep all-to-all        ep                     counts of rows
+                                ep all-to-all, twice what the router says   rows, and parts back
     between stages              pp send, receive     T * D
     last stage     sampling     tp all-gather        2 a row                of rows that are sampled by shard
                                 tp all-gather        V / tp a row           of rows that need the whole vocabulary
 
-T tokens of this replica in the step, longest the most of any replica, D model, V vocabulary.
+T tokens of this replica in the step, longest the most of the replicas that share experts (the ep axis, and their number for dp, where
+these are not all), D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import zspmd
 
@@ -49,11 +53,17 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class ReplicaPart:
-    """What a step computes on one replica: its tokens, and of the sampled rows how many are by shard and how many whole."""
+    """What a step computes on one replica: its tokens, of the sampled rows how many are by shard and how many whole, and how many tokens
+    the others take it to have, None for as many."""
 
     num_tokens: int = 0
     num_by_shard: int = 0
     num_whole: int = 0
+    num_expected: int | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        return self.num_tokens if self.num_expected is None else self.num_expected
 
 
 def needs_whole(params: zspmd.SamplingParams) -> bool:
@@ -62,16 +72,22 @@ def needs_whole(params: zspmd.SamplingParams) -> bool:
     return params.logprobs is not None or (is_filtered and params.temperature >= GREEDY_BELOW)
 
 
-def predict_collectives(sizes: ModelSizes, parallel: zspmd.ParallelConfig, parts: Sequence[ReplicaPart], rank: int) -> list[Collective]:
-    """Return what ``rank`` enters in a step, in order.
+def predict_collectives(
+    sizes: ModelSizes, parallel: zspmd.ParallelConfig, parts: Sequence[ReplicaPart], rank: int, dispatch: str
+) -> list[Collective]:
+    """Return what ``rank`` enters in a step, in order; ``ANY`` equals any number of elements.
 
     Args:
         parts: of each replica.
+        dispatch: of the engine; "auto" gathers, since models and steps are small here.
     """
     tp, pp, dp = parallel.tp, parallel.pp, parallel.dp
     replica, stage = rank // (pp * tp), rank // tp % pp
-    part, longest = parts[replica], max(part.num_tokens for part in parts)
-    is_shared = bool(sizes.mixture_layers) and parallel.ep > tp
+    count = max(1, parallel.ep // tp)  # of replicas that share experts; neighbours
+    first = replica // count * count
+    part, longest = parts[replica], max(part.most_tokens for part in parts[first : first + count])
+    is_shared = bool(sizes.mixture_layers) and count > 1 and longest > 0
+    axis = "dp" if count == dp else "ep"
     states, collectives = part.num_tokens * sizes.hidden_size, list[Collective]()
     reduce: list[Collective] = [["tp", "all_reduce", states]] if states and tp > 1 else []
     if states:
@@ -79,15 +95,23 @@ def predict_collectives(sizes: ModelSizes, parallel: zspmd.ParallelConfig, parts
     for layer in stage_of_layers(sizes.num_layers, pp, stage):
         collectives += reduce
         if is_shared and layer in sizes.mixture_layers:
-            padded = longest * sizes.hidden_size
-            collectives += [["dp", "all_gather", padded], ["dp", "reduce_scatter", dp * padded]]
+            if dispatch == "all_to_all":
+                collectives += [["ep", "all_to_all", elements] for elements in (parallel.ep, ANY, ANY)]
+            else:
+                padded = longest * sizes.hidden_size
+                collectives += [[axis, "all_gather", padded], [axis, "reduce_scatter", count * padded]]
         collectives += reduce
     if states and stage < pp - 1:
         collectives.append(["pp", "send", states])
-    elif stage == pp - 1 and tp > 1:
-        rows = ((part.num_by_shard, 2), (part.num_whole, -(-sizes.vocab_size // tp)))
-        collectives += [["tp", "all_gather", count * width] for count, width in rows if count]
+    elif stage == pp - 1:
+        collectives += sample(sizes, tp, part.num_by_shard, part.num_whole)
     return collectives
+
+
+def sample(sizes: ModelSizes, tp: int, num_by_shard: int, num_whole: int) -> list[Collective]:
+    """Return what rows that are sampled ask for."""
+    rows = ((num_by_shard, 2), (num_whole, -(-sizes.vocab_size // tp)))
+    return [["tp", "all_gather", count * width] for count, width in rows if count and tp > 1]
 
 
 def stage_of_layers(num_layers: int, num_stages: int, stage: int) -> range:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -16,6 +16,8 @@ TIMEOUT_S = 30.0
 
 class ThreadCommunicator:
     """One rank among threads that share ``slots`` and ``barrier``; fulfils ``zspmd.models.communicator.Communicator``."""
+
+    device = torch.device("cpu")
 
     def __init__(self, rank: int, slots: list[Tensor | None], barrier: threading.Barrier) -> None:
         self.rank = rank
@@ -36,6 +38,22 @@ class ThreadCommunicator:
         gathered = torch.stack([slot for slot in self._slots if slot is not None])
         self._barrier.wait(TIMEOUT_S)  # nobody may change a tensor that another is still reading
         return gathered
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Sum ``tensor`` [size, ...] over the ranks and return this one's row."""
+        return self.all_gather(tensor).sum(0)[self.rank]
+
+    def all_to_all(
+        self, tensor: Tensor, *, send_counts: Sequence[int] | None = None, receive_counts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return the rows that the ranks have for this one; what they say they send must be what it expects."""
+        counts = [len(tensor) // self.size] * self.size if send_counts is None else list(send_counts)
+        assert sum(counts) == len(tensor)
+        every = self.all_gather(torch.tensor(counts))
+        assert receive_counts is None or every[:, self.rank].tolist() == list(receive_counts)
+        longest = int(every.sum(1).max())
+        gathered = self.all_gather(torch.cat((tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:]))))
+        return torch.cat([rows[: sum(sent)].split(sent)[self.rank] for rows, sent in zip(gathered, every.tolist(), strict=True)])
 
 
 def run_ranks(size: int, function: Callable[[ThreadCommunicator], T]) -> list[T]:

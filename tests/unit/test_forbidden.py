@@ -52,6 +52,8 @@ MAY_TELL_THE_TIME = {
 }
 # Where asserts stand for the type checker or an invariant of the code around them. Whatever reads bytes of others has none.
 MAY_ASSERT = {
+    "zspmd.models.deepseek": "built for models with a latent alone",
+    "zspmd.models.latent_attention": "a model's layers are of the kind that its backend is for",
     "zspmd.models.llama": "what a stage is asked for is what it has",
     "zspmd.runtime.driver.faults": "what was seen of a rank fits its kind",
     "zspmd.runtime.driver.launch_site": "started only once prepared",

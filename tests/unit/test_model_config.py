@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from zspmd.errors import CheckpointError, TopologyError
-from zspmd.model_config import ModelConfig, RopeScaling, check_checkpoint, check_tensor_parallel, read_model_config, tensor_shapes
+from zspmd.model_config import ModelConfig, check_checkpoint, check_tensor_parallel, read_model_config, tensor_shapes
+from zspmd.rope_config import RopeScaling
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,6 +83,11 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
             {"rope_scaling": LLAMA3_SCALING, "rope_theta": 5e5},
             id="new-llama3",
         ),
+        pytest.param(
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=64, table_factor=0.1 * math.log(4) + 1)},
+            id="yarn",
+        ),
         pytest.param({"architectures": ["MistralForCausalLM"]}, {"sliding_window": 4096}, id="mistral-default-window"),
         pytest.param({"architectures": ["MistralForCausalLM"], "sliding_window": None}, {"sliding_window": None}, id="mistral-no-window"),
         pytest.param({"architectures": ["MistralForCausalLM"], "sliding_window": 8}, {"sliding_window": 8}, id="mistral-window"),
@@ -130,7 +137,7 @@ def test_eos_of_both_files(tmp_path: Path) -> None:
         pytest.param({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'", id="activation"),
         pytest.param({"quantization_config": {}}, "has a quantization_config", id="quantized"),
         pytest.param({"dtype": "float64"}, "dtype is 'float64'; supported are float32", id="dtype"),
-        pytest.param({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'; supported are default, linear", id="yarn"),
+        pytest.param({"rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'; supported are default, linear", id="rope-kind"),
         pytest.param({"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor", id="no-factor"),
         pytest.param({"rope_scaling": [1]}, r"rope_scaling is \[1\]; it must be an object", id="rope-list"),
         pytest.param({"rope_scaling": {**LLAMA3, "type": "llama3", "low_freq_factor": 4.0}}, "4.0 must be below", id="rope-factors"),

@@ -82,6 +82,7 @@ def launch_options(
         is_verbose=arguments.verbose,
         notes=choice.notes,
         dial=place,
+        is_dry=arguments.dry_run,
     )
 
 

@@ -17,7 +17,7 @@ PROGRAM_AXES = {
     "tp": "ranks that share each layer (what the others leave)",
     "pp": "stages of layers (1)",
     "dp": "replicas (1)",
-    "ep": "ranks that share a mixture's experts: dp times tp for all replicas (1: the tp ranks of each)",
+    "ep": "ranks that share a mixture's experts: tp times the replicas that do, such as dp times tp for all (1: the tp ranks of each)",
 }
 _HOST_OPTION = (
     "-H is a list of hosts in Open MPI and a hostfile in DeepSpeed, so that it means nothing here: write --host LIST (node1:4,node2:4) or "

@@ -26,6 +26,7 @@ class LaunchOptions:
         timeout_s: how long the launch may take; 0 for ever.
         given: the options, of those that have a default, that were on the command line: for a program that knows better.
         dial: the place of this command, where it is one of several that call each other.
+        is_dry: nothing will be started; the plan alone is wanted.
     """
 
     parallel: ParallelConfig
@@ -48,6 +49,7 @@ class LaunchOptions:
     launcher_log: str | None = None
     notes: tuple[str, ...] = ()
     dial: DialPlace | None = None
+    is_dry: bool = False
 
     @property
     def placement(self) -> str | tuple[str, ...]:

@@ -36,9 +36,10 @@ USES = ("hosts",)
 
 def _modules() -> dict[str, ModuleType]:
     """Return the benchmarks by name; loaded only when asked for, since ranks that are measured import workers from this package."""
-    from . import collective, engine, idle, scale, start, step, targets, wire
+    from . import collective, engine, idle, scale, speculation, start, step, targets, wire
 
-    return {module.__name__.rpartition(".")[2]: module for module in (step, collective, wire, engine, start, idle, scale, targets)}
+    modules = (step, collective, wire, engine, speculation, start, idle, scale, targets)
+    return {module.__name__.rpartition(".")[2]: module for module in modules}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

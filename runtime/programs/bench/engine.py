@@ -3,6 +3,7 @@
 Each case is a tensor-parallel size and a batch. In a turn of it every side gets the same prompts at once and generates as many greedy
 tokens for each; consumers of the engine take every output. The bare loop has the same model, sampler and cache in one process, without an
 engine; it and Transformers run in processes of their own. With ``--rate`` prompts come to the engine one by one instead, at random times.
+With ``--speculate`` the same engine without speculation takes turns with it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from ....config import DTYPES, EngineConfig
 from ....errors import ConfigError
 from ....model_config import read_model_config
 from ...engine.checkpoint import DEMO_MODEL
+from ...launch.command.speculation_options import add_speculation_arguments, read_speculation
 from .engine_cases import OURS, Settings, measure_rates, measure_turns
+from .engine_speculation import add_prompt_arguments, choose_prompts, measure_speculation
 from .random_checkpoint import SIZES, write_random_checkpoint
 from .report import Report
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 TURNS = 8
 TAKES_AXES = ("tp",)
 _MAX_COUNT = 1 << 16
+_LEAST = {"tp": 1, "batch": 1, "requests": 1, "rounds": 1, "prompt_tokens": 1, "output_tokens": 2, "threads": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", nargs="+", default=["bare"], choices=rivals, help="who takes turns with the engine (bare)")
     parser.add_argument("--rate", type=float, nargs="+", metavar="R", help="prompts come one by one, R a second on average; no baseline")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="prompts of a turn with --rate (64)")
+    add_speculation_arguments(parser)
+    add_prompt_arguments(parser)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +74,7 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     if arguments.tp is not None and "tp" in options.given:
         raise ConfigError("--tp is given before bench and behind it; leave one of them out")
     arguments.tp = arguments.tp or [options.parallel.tp]
-    for option, low in (("tp", 1), ("batch", 1), ("requests", 1), ("prompt_tokens", 1), ("output_tokens", 2), ("threads", 1)):
+    for option, low in _LEAST.items():
         given = getattr(arguments, option)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not low <= value <= _MAX_COUNT:
@@ -76,6 +82,7 @@ def prepare(arguments: argparse.Namespace, options: LaunchOptions) -> str:
     for rate in arguments.rate or ():
         if not 0 < rate < 1e6:
             raise ConfigError(f"--rate is {rate}; it must be above 0 and below 1,000,000 a second")
+    _check_speculation(arguments)
     sizes = f"tp {', '.join(map(str, arguments.tp))}, batch {', '.join(map(str, arguments.batch))}"
     return f"{name}, {sizes}, {arguments.prompt_tokens} and {arguments.output_tokens} tokens, {arguments.turns} turns"
 
@@ -86,7 +93,12 @@ async def measure(arguments: argparse.Namespace, options: LaunchOptions, report:
     report.baseline = None if arguments.rate else OURS
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # which launches pass on
+    speculation = read_speculation(arguments)
     with tempfile.TemporaryDirectory(prefix="zspmd-bench-") as directory:
+        if speculation is not None:
+            model = open_model(arguments.model, arguments.preset, Path(directory))
+            await measure_speculation(arguments, options, report, model, speculation)
+            return
         settings = _settings(arguments, options, Path(directory))
         for tp in arguments.tp:
             if arguments.rate:
@@ -94,6 +106,17 @@ async def measure(arguments: argparse.Namespace, options: LaunchOptions, report:
             else:
                 for batch in arguments.batch:
                     await measure_turns(settings, report, tp, batch)
+
+
+def _check_speculation(arguments: argparse.Namespace) -> None:
+    """Refuse options that do not belong together."""
+    if read_speculation(arguments) is None:
+        if arguments.prompts is not None:
+            raise ConfigError(f"--prompts {' '.join(arguments.prompts)} is for --speculate alone; leave it out, or say who proposes")
+    elif arguments.rate:
+        raise ConfigError("--rate and --speculate are both given, and prompts that come one by one have no side to compare; leave one out")
+    else:
+        choose_prompts(arguments)
 
 
 def open_model(model: str | None, preset: str | None, scratch: Path) -> Path:

@@ -78,7 +78,7 @@ def write_random_checkpoint(directory: Path, size: str, *, seed: int = 0) -> Pat
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _build_tokenizer(fields["vocab_size"]).save(str(directory / "tokenizer.json"))
-    _write_tensors(directory / "model.safetensors", dict(_shapes(fields)), np.random.default_rng(seed))
+    write_random_tensors(directory / "model.safetensors", dict(_shapes(fields)), np.random.default_rng(seed))
     return directory
 
 
@@ -117,7 +117,8 @@ def _build_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], random: np.random.Generator) -> None:
+def write_random_tensors(path: Path, shapes: dict[str, tuple[int, ...]], random: np.random.Generator) -> None:
+    """Write a safetensors file of random float32 matrices and vectors of ones."""
     header, at = {}, 0
     for name, shape in shapes.items():
         end = at + 4 * math.prod(shape)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ....errors import ConfigError, LaunchError, TransportError, WorkerError
-from . import collective, engine, idle, start, step, wire
+from . import collective, engine, idle, speculation, start, step, wire
 from .engine_cases import BARE, WAYS
 from .output import add_output_options, show
 from .report import Report
@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[ModuleType, str]] = {
     "step": (step, "--ranks 1 2 4 8 --payload 512 64K --turns 8"),
     "start": (start, "--of program --ranks 2 --turns 3"),
     "engine": (engine, "--tp 1 2 --batch 1 16 --baseline bare transformers --turns 4"),
+    "speculation": (speculation, "--turns 8 --threads 1"),
 }
 AT_MOST, BELOW, AT_LEAST = "<=", "<", ">="
 
@@ -74,6 +75,10 @@ TARGETS = (
     Target("collective", "all-reduce, gloo to shm", "gloo", AT_LEAST, 4.0, against="shm", where={"size": "64 KB"}),
     Target("engine", "tokens/s, tp 1, to the bare loop", "zspmd", AT_LEAST, 0.95, against=BARE, where={**_DECODE, "tp": 1}),
     *(Target("engine", f"tokens/s to {name}", "zspmd", AT_LEAST, 3.0, against=name, where=_DECODE) for name in WAYS.values()),
+    Target("speculation", "goodput to the better of off and fixed", "goodput", AT_LEAST, speculation.OF_BETTER, fact=speculation.TO_BETTER),
+    Target(
+        "speculation", "goodput to off, useless drafts", "goodput", AT_LEAST, speculation.OF_OFF, against="off", where={"acceptance": "low"}
+    ),
     Target("start", "zspmd-run generate to the first text, tp 2, s", "zspmd", AT_MOST, 4.0, where={"of": "program"}),
     Target("wire", "bytes of a steady decode step, 16 new blocks", wire.OURS, AT_MOST, 64 + 6 * 16, where={"what": "bytes", "batch": 256}),
     Target("idle", "idle rank, % of a core", "rank", BELOW, 1.0),

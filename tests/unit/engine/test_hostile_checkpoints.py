@@ -18,7 +18,7 @@ from support.valid_frames import mutate
 
 from zspmd.config import EngineConfig, ParallelConfig
 from zspmd.errors import CheckpointError, ConfigError, RequestError
-from zspmd.model_config import read_model_config, tensor_shapes
+from zspmd.model_config import ModelConfig, read_model_config, tensor_shapes
 from zspmd.runtime.engine.checkpoint import Checkpoint, open_checkpoint
 from zspmd.runtime.engine.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 from zspmd.safetensors_files import MAX_JSON_BYTES, find_tensors, read_safetensors_header
@@ -91,6 +91,7 @@ def test_code_in_a_checkpoint_never_runs(directory: Path, tmp_path: Path, monkey
     checkpoint = read(directory)
     assert checkpoint.tokenizer is not None
     checkpoint.tokenizer.decode(checkpoint.tokenizer.encode("quick"))
+    assert isinstance(checkpoint.model, ModelConfig)
     model = LlamaModel(checkpoint.model, SoloCommunicator(AxisGroup("tp", (0,), 0)), dtype=torch.float32, device=torch.device("cpu"))
     load_weights(model, directory, progress=lambda done, total: None)
     assert not marker.exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zspmd.models.group_products import GroupProduct, build_group_product, has_grouped_product, multiply_one_by_one
+from zspmd.models.group_products import GroupProduct, PlainGroup, build_group_product, has_grouped_product
 
 COUNTS = {"empty-groups": [3, 0, 1, 0], "all-in-the-last": [0, 0, 0, 9], "one-row": [0, 1, 0, 0], "even": [8, 8, 8, 8]}
 WAYS = ("packed", "grouped", "one by one")
@@ -14,7 +14,7 @@ WAYS = ("packed", "grouped", "one by one")
 
 def build(way: str, weights: Tensor) -> GroupProduct:
     if way == "one by one":
-        return lambda rows, ends: multiply_one_by_one(rows, weights, ends)
+        return PlainGroup(weights)
     return build_group_product(weights, is_packed=way == "packed")
 
 
@@ -35,7 +35,7 @@ def test_odd_sizes_have_no_grouped_product(shape: tuple[int, int, int]) -> None:
     """Rows of 24 bytes, which torch's grouped product refuses."""
     weights, rows, ends = torch.randn(shape), torch.randn(5, shape[2]), torch.tensor([2, 2, 4, 5], dtype=torch.int32)
     assert not has_grouped_product(weights)
-    wanted = multiply_one_by_one(rows, weights, ends)
+    wanted = PlainGroup(weights)(rows, ends)
     torch.testing.assert_close(build_group_product(weights, is_packed=False)(rows, ends), wanted, atol=0, rtol=0)
 
 
@@ -47,3 +47,15 @@ def test_a_product_sees_what_the_loader_writes() -> None:
     weights.fill_(1)
     assert (plain(rows, ends) == 16).all()
     assert (packed(rows, ends) == 0).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.inference_mode()
+def test_a_staged_weight_takes_its_place_when_it_is_put_there(way: str) -> None:
+    weights, other, rows = torch.randn(3, 16, 16), torch.randn(16, 16), torch.randn(6, 16)
+    product, ends = build(way, weights.clone()), torch.tensor([2, 4, 6], dtype=torch.int32)
+    before = product(rows, ends)
+    put = product.stage(1, other)
+    torch.testing.assert_close(product(rows, ends), before, atol=0, rtol=0)
+    put()
+    torch.testing.assert_close(product(rows, ends), torch.cat((before[:2], rows[2:4] @ other.t(), before[4:])))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from zspmd.model_config import RopeScaling
+from zspmd.config_fields import Fields
 from zspmd.models.attention import AttentionInputs, ChunkSpan, KvLayer, PagedAttention
 from zspmd.models.layers import RmsNorm
 from zspmd.models.rope import rotary_frequencies, rotate_
+from zspmd.rope_config import RopeScaling, read_rope
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6], ids=["tiny", "usual", "huge"])
@@ -32,6 +36,29 @@ def test_rotation_of_one_pair() -> None:
     head = torch.tensor([[[1.0, 0.0]]])
     rotate_(head, (cos, signed_sin))
     torch.testing.assert_close(head, torch.tensor([[[math.cos(0.3), math.sin(0.3)]]]))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        pytest.param({"factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}, id="deepseek-v3"),
+        pytest.param({"factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4, "mscale": 0.7}, id="mscale-alone"),
+        pytest.param({"factor": 8.0, "original_max_position_embeddings": 512, "mscale": 0.5, "mscale_all_dim": 1.0}, id="mscales-differ"),
+        pytest.param({"factor": 2.0, "original_max_position_embeddings": 4096, "truncate": False, "attention_factor": 1.3}, id="truncate"),
+        pytest.param({"factor": 2.0, "original_max_position_embeddings": 8, "beta_fast": 1000}, id="equal-bounds"),
+    ],
+)
+def test_yarn_equals_transformers(rope: dict[str, Any]) -> None:
+    values = {"rope_type": "yarn", "rope_theta": 10_000.0, **rope}
+    config = transformers.AutoConfig.for_model(
+        "qwen2", hidden_size=256, num_attention_heads=4, max_position_embeddings=65536, rope_parameters=dict(values)
+    )
+    wanted, factor = ROPE_INIT_FUNCTIONS["yarn"](config)
+    read = read_rope(Fields({"rope_parameters": values, "max_position_embeddings": 65536}, "config.json"), 64, theta=1e4, part=None)
+    rotary_dim, theta, scaling = read
+    assert scaling is not None
+    assert scaling.table_factor == pytest.approx(factor, rel=1e-9)
+    torch.testing.assert_close(rotary_frequencies(rotary_dim, theta, scaling), wanted)
 
 
 def test_llama3_keeps_short_and_divides_long_wavelengths() -> None:

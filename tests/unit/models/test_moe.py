@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +17,11 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from zspmd.config_fields import Fields
-from zspmd.mixture_config import DOTS1, MIXTRAL, QWEN2_MOE, QWEN3_MOE, MixtureConfig, read_mixture
+from zspmd.expert_placement import first_placement
+from zspmd.mixture_config import DEEPSEEK_V2, DEEPSEEK_V3, DOTS1, MIXTRAL, QWEN2_MOE, QWEN3_MOE, MixtureConfig, read_mixture
 from zspmd.models.expert_axis import ExpertAxis
 from zspmd.models.experts import Experts
+from zspmd.models.group_products import PlainGroup
 from zspmd.models.layers import ShardedModule
 from zspmd.models.moe import Mixture
 
@@ -52,9 +53,9 @@ BLOCKS: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
         {"num_experts": 7, "moe_intermediate_size": WIDTH, "norm_topk_prob": True, "num_experts_per_tok": 3},
     ),
     "dots1": (Dots1MoE, DOTS1, "dots1", {**SHARED, **GROUPED, "norm_topk_prob": True}),
-    "deepseek-v3": (DeepseekV3MoE, DOTS1, "deepseek_v3", {**SHARED, **GROUPED, "norm_topk_prob": False}),
-    "deepseek-v2-groups": (DeepseekV2Moe, DOTS1, "deepseek_v2", {**SHARED, **GROUPED, "topk_method": "group_limited_greedy"}),
-    "deepseek-v2-greedy": (DeepseekV2Moe, DOTS1, "deepseek_v2", {**SHARED, **GROUPED, "topk_method": "greedy"}),
+    "deepseek-v3": (DeepseekV3MoE, DEEPSEEK_V3, "deepseek_v3", {**SHARED, **GROUPED, "norm_topk_prob": False}),
+    "deepseek-v2-groups": (DeepseekV2Moe, DEEPSEEK_V2, "deepseek_v2", {**SHARED, **GROUPED, "topk_method": "group_limited_greedy"}),
+    "deepseek-v2-greedy": (DeepseekV2Moe, DEEPSEEK_V2, "deepseek_v2", {**SHARED, **GROUPED, "topk_method": "greedy"}),
 }
 
 
@@ -66,12 +67,7 @@ def make_block(name: str, **changes: Any) -> tuple[nn.Module, MixtureConfig]:
     block = kind(config).eval().requires_grad_(False)
     for tensor in [*block.parameters(), *block.buffers()]:
         tensor.normal_(std=0.3)
-    mixture = read_mixture(Fields({**config.to_dict(), "first_k_dense_replace": 0}, "config"), architecture, 1, STORED)
-    if model_type == "deepseek_v2":
-        mixture = replace(mixture, scoring="softmax", has_correction_bias=False, normalizes=False)
-    if changes.get("topk_method", fields.get("topk_method")) == "greedy":
-        mixture = replace(mixture, num_groups=1, num_top_groups=1)
-    return block, mixture
+    return block, read_mixture(Fields({**config.to_dict(), "first_k_dense_replace": 0}, "config"), architecture, 1, STORED)
 
 
 def build(
@@ -85,7 +81,8 @@ def build(
     input_scale: Tensor | None = None,
 ) -> Mixture:
     """Return our mixture on one rank, its parameters filled from the block's tensors."""
-    ours = Mixture(f"{PREFIX}mlp", mixture, hidden, communicator, ExpertAxis(communicator), dtype=dtype, device=CPU)
+    placement = first_placement(mixture.num_experts, 0)
+    ours = Mixture(f"{PREFIX}mlp", mixture, hidden, communicator, ExpertAxis(communicator), placement, dtype=dtype, device=CPU)
     stored = {f"{PREFIX}mlp.{name}": tensor for name, tensor in block.state_dict().items()}
     for module in ours.modules():
         if isinstance(module, ShardedModule):
@@ -193,26 +190,36 @@ def test_bfloat16_is_routed_in_float32() -> None:
     torch.testing.assert_close(found.float(), wanted, atol=0.05 * float(wanted.abs().max()), rtol=0)
 
 
+class Watched(PlainGroup):
+    """Notes how many rows it multiplies."""
+
+    def __init__(self, weights: Tensor, seen: list[int]) -> None:
+        super().__init__(weights)
+        self.seen = seen
+
+    def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
+        self.seen.append(len(rows))
+        return super().__call__(rows, ends)
+
+
 @torch.inference_mode()
-def test_a_rank_computes_only_the_rows_of_its_experts() -> None:
+def test_a_rank_computes_only_the_rows_of_its_experts_and_counts_them() -> None:
     """Its share of the work, not everything with the rest masked."""
     mixture = make_block("mixtral")[1]
     choices = torch.tensor([[0, 6], [1, 2], [4, 5], [2, 3]])
     seen: list[int] = []
 
-    def compute(communicator: ThreadCommunicator) -> None:
-        ours = Experts(f"{PREFIX}mlp", mixture, HIDDEN, ExpertAxis(communicator), dtype=torch.float32, device=CPU)
-        multiply = ours.multiply_gate_up
-
-        def watch(rows: Tensor, ends: Tensor) -> Tensor:
-            seen.append(len(rows))
-            return multiply(rows, ends)
-
-        ours.multiply_gate_up = watch
+    def compute(communicator: ThreadCommunicator) -> list[list[int]]:
+        axis, placement = ExpertAxis(communicator), first_placement(7, 0)
+        ours = Experts(f"{PREFIX}mlp", mixture, HIDDEN, axis, placement, dtype=torch.float32, device=CPU)
+        ours.multiply_gate_up = Watched(ours.gate_up.view(-1, 2 * WIDTH, HIDDEN), seen)
         ours.forward(torch.zeros(4, HIDDEN), torch.ones(4, 2), choices)
+        ours.forward(torch.zeros(1, HIDDEN), torch.ones(1, 2), choices[1:2])
+        return [ours.take_loads(), ours.take_loads()]
 
-    run_ranks(2, compute)
-    assert seen == [4, 4]  # the first rank has experts 0 to 2, and four of the eight choices
+    loads = run_ranks(2, compute)
+    assert sorted(seen) == [2, 4, 4]  # the first rank has experts 0 to 2, and four of the eight choices, and then both
+    assert loads == [[[1, 2, 3, 0, 0, 0, 0], [0] * 7], [[0, 0, 0, 1, 1, 1, 1], [0] * 7]]
 
 
 @torch.inference_mode()

@@ -216,4 +216,4 @@ def test_targets_are_judged_in_every_case_that_they_mean(capsys: pytest.CaptureF
 
 def test_the_parts_of_targets_have_options_that_they_take() -> None:
     options = LaunchOptions(ParallelConfig(), "unused", ("cpu",), None, is_quiet=True)
-    assert targets.prepare(prepared("targets"), options).startswith("wire, collective, idle, step, start, engine")
+    assert targets.prepare(prepared("targets"), options).startswith("wire, collective, idle, step, start, engine, speculation")

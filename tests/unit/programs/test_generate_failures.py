@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from zspmd.config import ParallelConfig
+from zspmd.config import EngineConfig, ParallelConfig
 from zspmd.errors import RequestError, WorkerExitedError
 from zspmd.runtime.engine.outputs import CompletionOutput, RequestOutput
+from zspmd.runtime.engine.scheduler import Scheduler
+from zspmd.runtime.engine.statistics import SchedulerStatistics
 from zspmd.runtime.launch.cli import LaunchOptions
 from zspmd.runtime.programs import generate
 
@@ -27,6 +29,9 @@ class AnsweringEngine:
 
     async def __aexit__(self, *exc: object) -> None:
         pass
+
+    def statistics(self) -> SchedulerStatistics:
+        return Scheduler(EngineConfig(), num_blocks=2, max_model_len=2, eos_token_ids=()).statistics()
 
     async def generate(self, prompt: str, params: Any) -> AsyncIterator[RequestOutput]:
         if prompt == "wrong":

@@ -10,15 +10,19 @@ import pytest
 
 from zspmd.errors import BadFrameError
 from zspmd.transport.batch import (
+    COSTS,
+    DECODE_COUNTS,
     DECODE_TOKENS,
     FIXED,
-    SAME_BATCH,
+    MAX_DRAFTS,
+    SAME_BATCHES,
     SAME_DECODE,
     BatchStep,
     SlotAdd,
     decode_batch_step,
     encode_batch_step,
 )
+from zspmd.transport.step_cost import StepCost
 
 ADD = SlotAdd(
     slot=65_535,
@@ -37,7 +41,9 @@ ADD = SlotAdd(
     logprobs=5,
     min_tokens=3,
     end_token_ids=np.array([257], np.int32),
+    max_num_tokens=(1 << 31) - 1,
 )
+SOME_COSTS = (StepCost(0, 0, 1), StepCost(5, 255, (1 << 32) - 1))
 FULL = BatchStep(
     deletes=[0, 9, 65_535],
     adds=[ADD, replace(ADD, slot=1, tokens=ADD.tokens[:1], blocks=ADD.blocks[:0])],
@@ -47,6 +53,8 @@ FULL = BatchStep(
     chunk_tokens=np.array([70_000], np.uint32),
     decode_slots=np.array([5, 3], np.uint16),
 )
+
+SEVERAL = replace(FULL, decode_tokens=np.array([0, (1 << 31) - 1, 7], np.int32), decode_counts=np.array([1, 2], np.uint8))
 
 
 def plain(value: object) -> object:
@@ -68,8 +76,24 @@ def plain(value: object) -> object:
         replace(FULL, decode_slots=None),
         replace(FULL, decode_tokens=np.array([0, (1 << 31) - 1], np.int32)),
         BatchStep(decode_slots=np.empty(0, np.uint16), decode_tokens=np.empty(0, np.int32)),
+        SEVERAL,
+        replace(SEVERAL, max_drafts=MAX_DRAFTS, costs=SOME_COSTS),
+        replace(FULL, adds=(), costs=SOME_COSTS[:1]),
+        BatchStep(costs=SOME_COSTS, max_drafts=1),
     ],
-    ids=["nothing", "no decodes", "everything", "no adds", "same decodes", "with tokens", "no decodes, with tokens"],
+    ids=[
+        "nothing",
+        "no decodes",
+        "everything",
+        "no adds",
+        "same decodes",
+        "with tokens",
+        "no decodes, with tokens",
+        "with several tokens",
+        "with several tokens and costs",
+        "with costs, no adds",
+        "costs alone",
+    ],
 )
 def test_a_step_comes_back(step: BatchStep) -> None:
     data = encode_batch_step(step)
@@ -113,10 +137,19 @@ def add_with(**changes: object) -> bytes:
         (FIXED.pack(0, 0, 0, 0, 0, (1 << 32) - 1, 0), "where its counts ask for"),
         (FIXED.pack(DECODE_TOKENS, 0, 0, 0, 1, 0, 0) + bytes(2), "has 18 B where its counts ask for 22"),
         (FIXED.pack(DECODE_TOKENS | SAME_DECODE, 0, 0, 0, 0, 0, 0), "has flags 0x3"),
+        (FIXED.pack(DECODE_COUNTS, 0, 0, 0, 0, 0, 0), "has flags 0x4"),
+        (FIXED.pack(16, 0, 0, 0, 0, 0, 0), "has flags 0x10"),
+        (FIXED.pack(0, MAX_DRAFTS + 1, 0, 0, 0, 0, 0), "lets a row hold 17 drafts; 16 is the most"),
+        (FIXED.pack(DECODE_TOKENS | DECODE_COUNTS, 0, 0, 0, 1, 0, 0) + bytes(2), "has 18 B where its counts ask for 19 or more"),
+        (FIXED.pack(DECODE_TOKENS | DECODE_COUNTS, 0, 0, 0, 1, 0, 0) + b"\0\0\2" + bytes(4), "has 23 B where its counts ask for 27"),
+        (FIXED.pack(COSTS, 0, 0, 0, 0, 0, 0) + bytes(3), "has 19 B where its counts ask for 20 or more"),
+        (FIXED.pack(COSTS, 0, 0, 0, 0, 0, 0) + bytes(4), "has 0 costs; it has 1 to 1024"),
+        (FIXED.pack(COSTS, 0, 0, 0, 0, 0, 0) + b"\1\4\0\0", "has 1025 costs"),
+        (FIXED.pack(COSTS, 0, 0, 0, 0, 0, 0) + b"\1\0\0\0" + bytes(11), "has 31 B where its counts ask for 32"),
         (packed(b"\x93\x01"), "are no msgpack list"),
         (packed(b"\x80"), "are no msgpack list"),
         (packed(msgpack.packb([1])), "are no msgpack list"),
-        (packed(msgpack.packb([[1, 2]])), "a list of 2, not of the 16 fields"),
+        (packed(msgpack.packb([[1, 2]])), "a list of 2, not of the 17 fields"),
         (packed(b"\xdd\xff\xff\xff\xff"), "adds 4294967295 sequences; there are 65536 slots"),
         (packed(msgpack.packb([]) * 2), "end after 1 of 2 B"),
         (packed(msgpack.packb([msgpack.ExtType(1, b"x")])), "are no msgpack list"),
@@ -137,6 +170,15 @@ def add_with(**changes: object) -> bytes:
         "huge count",
         "cut tokens",
         "tokens of the same decodes",
+        "counts without tokens",
+        "unknown flag",
+        "too many drafts",
+        "cut counts",
+        "cut counted tokens",
+        "cut number of costs",
+        "no costs",
+        "too many costs",
+        "cut costs",
         "cut adds",
         "adds no list",
         "an add no list",
@@ -159,7 +201,9 @@ def test_a_bad_step_is_refused(data: bytes, words: str) -> None:
         decode_batch_step(data)
 
 
-def test_the_step_that_changes_nothing_is_one_object_on_both_ends() -> None:
-    data = encode_batch_step(SAME_BATCH)
-    assert data == encode_batch_step(BatchStep())
-    assert decode_batch_step(data) is decode_batch_step(memoryview(data)) is SAME_BATCH
+@pytest.mark.parametrize("max_drafts", [0, 1, MAX_DRAFTS])
+def test_the_step_that_changes_nothing_is_one_object_on_both_ends(max_drafts: int) -> None:
+    data = encode_batch_step(SAME_BATCHES[max_drafts])
+    assert data == encode_batch_step(BatchStep(max_drafts=max_drafts))
+    assert len(data) == FIXED.size
+    assert decode_batch_step(data) is decode_batch_step(memoryview(data)) is SAME_BATCHES[max_drafts]

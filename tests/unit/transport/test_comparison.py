@@ -97,6 +97,21 @@ def test_each_answer_is_counted_by_rank(recording: Recording) -> None:
     ]
 
 
+def test_a_place_that_is_ignored_may_differ_in_steps(tmp_path: Path) -> None:
+    value = [1, {"time": 5, "depth": 2}]
+    path = write_recording(tmp_path / "run.zsr", frames=[{}, ["info", [], {}, [0]]], answers=[(0, 1, value), (0, 2, value)])
+    for ignored, kind, other, is_equal in (
+        ('answer[1]["time"]', ResultKind.OUTPUT, [1, {"time": 6, "depth": 2}], True),
+        ('answer[1]["time"]', ResultKind.OUTPUT, [1, {"time": 6, "depth": 3}], False),
+        ('answer[1]["depth"]', ResultKind.OUTPUT, [1, {"time": 6, "depth": 2}], False),
+        ('answer[1]["time"]', ResultKind.OUTPUT, [1, {"depth": 2}], False),
+        ('answer[1]["time"]', ResultKind.REPLY, [1, {"time": 6, "depth": 2}], False),
+    ):
+        comparison = Comparison(Recording.open(str(path)), [0], [ignored])
+        answer(comparison, 0, 1 if kind is ResultKind.OUTPUT else 2, other, kind)
+        assert comparison.is_equal is is_equal
+
+
 def test_what_was_not_answered_is_a_difference(recording: Recording) -> None:
     comparison = Comparison(recording, [0])
     answer(comparison, 0, 1, np.arange(5000.0))

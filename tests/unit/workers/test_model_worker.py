@@ -18,7 +18,8 @@ from zspmd.topology import AxisGroup, axis_group
 from zspmd.transport.batch import BatchStep, SlotAdd, encode_batch_step
 from zspmd.transport.trace_spans import NO_TRACE, Trace
 from zspmd.workers.communicators.solo import SoloCommunicator
-from zspmd.workers.model_worker import ModelWorker, choose_dtype
+from zspmd.workers.dtypes import choose_dtype
+from zspmd.workers.model_worker import ModelWorker
 from zspmd.workers.worker import find_rpc
 
 BLOCK_SIZE = 4

@@ -69,7 +69,7 @@ def sample(
         counting = CountingCommunicator(communicator)
         shard = padded[:, start : start + width].contiguous()
         before = shard.clone()
-        sampled = Sampler(counting, vocab_size, start, start + width).sample(shard, state, rows)
+        sampled = Sampler(counting, vocab_size, start, start + width).sample(shard, state, rows, state.num_tokens[rows])
         assert torch.equal(shard, before)
         return sampled, counting.shapes
 
@@ -218,20 +218,21 @@ def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     state = make_state([make_add(slot, tokens, num_prompt=2, repetition_penalty=penalty) for slot, tokens in enumerate(histories)])
     logits = make_logits(3)
     expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(histories), logits.clone())
-    assert torch.equal(apply_penalties(logits, state, np.arange(3), 0), expected)
+    assert torch.equal(apply_penalties(logits, state, np.arange(3), state.num_tokens[:3], 0), expected)
 
 
 def test_presence_and_frequency_count_the_output_only() -> None:
     state = make_state([make_add(0, [5, 6, 6, 7, 7, 7], num_prompt=2, presence_penalty=0.5, frequency_penalty=0.25)])
     logits = torch.zeros(1, VOCAB)
-    penalised = apply_penalties(logits, state, np.array([0]), 0)
+    penalised = apply_penalties(logits, state, np.array([0]), state.num_tokens[:1], 0)
     changed = {token: value for token, value in enumerate(penalised[0].tolist()) if value}
     assert changed == {6: -0.75, 7: -1.25}
 
 
 def test_penalties_leave_the_logits_alone_when_no_row_asks() -> None:
     logits = make_logits(2)
-    assert apply_penalties(logits, make_state([make_add(0), make_add(1, min_tokens=0, end_token_ids=[5])]), np.arange(2), 0) is logits
+    state = make_state([make_add(0), make_add(1, min_tokens=0, end_token_ids=[5])])
+    assert apply_penalties(logits, state, np.arange(2), state.num_tokens[:2], 0) is logits
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
