@@ -248,9 +248,10 @@ class Scheduler:
             if sequence.state is _FINISHED:
                 continue
             sequence.count_verified(most, count, drafts)
-            taken, reason = self._take_tokens(sequence, tokens[start:end])
-            if taken:
-                updates.append(Update(sequence, taken, reason))
+            if count == 1:
+                updates.append(Update(sequence, [tokens[start]], self._take_token(sequence, tokens[start])))
+            elif count:
+                updates.append(Update(sequence, *self._take_tokens(sequence, tokens[start:end])))
         num_taken = sum(len(update.token_ids) for update in updates)
         self._totals["generated"] += num_taken
         self._totals["discarded"] += len(tokens) - num_taken

@@ -5,7 +5,7 @@
 
 A step takes the K of the largest goodput. E and T are estimates, and what is not done is not measured, so now and then a *trial* takes
 another depth for a step or a few: no drafts while drafting, drafts while not. How often follows from what it costs: the time lost
-in a trial is at most 1/64 of the time until the next. Where drafts are useless that is what they cost, and where trials are cheap, a
+in a trial is at most 1/128 of the time until the next. Where drafts are useless that is what they cost, and where trials are cheap, a
 text that has become predictable is soon found out.
 
 Everything is a function of the step stream: no clock, no chance, and only additions, products, quotients and comparisons of float64. Two
@@ -23,7 +23,7 @@ from ...transport.step_cost import CATCH_UP, StepCost, batch_bucket
 from .acceptance import Acceptance, I64Array
 
 _HYSTERESIS = 1.03  # by so much must another depth be better
-_TRIAL_BUDGET = 64  # a trial may lose one part in so many of the time until the next
+_TRIAL_BUDGET = 128  # a trial may lose one part in so many of the time until the next
 _MIN_WAIT = 32  # steps between trials
 _TRIAL_SEQUENCES = 4  # a trial of drafts goes on until so many were verified, at least two steps: the first is spent on catching up
 _FADED_SEQUENCES = 2  # what was known before a pause counts as so many
@@ -114,7 +114,7 @@ class GoodputDepth:
         return self._acceptance.expected[-1] >= _WORTH_A_TRIAL and all(self._best(bucket) for bucket in smaller)
 
     def _wait(self, bucket: _Bucket, trial: list[int]) -> float:
-        """Return the steps after which a trial is due: what it takes longer than the chosen depth would for the same tokens, 64 times."""
+        """Return the steps after which a trial is due: what it takes longer than the chosen depth would for the same tokens, 128 times."""
         expected, durations = self._acceptance.expected, bucket.durations
         usual = durations[bucket.depth]
         lost = len(trial) * (durations[trial[0]] - expected[trial[0]] * usual / expected[bucket.depth])

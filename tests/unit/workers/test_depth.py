@@ -169,13 +169,13 @@ def test_useless_drafts_are_tried_again_after_a_time_in_proportion_to_their_cost
     def waits(*, catch_up: int | None) -> list[int]:
         policy = GoodputDepth(K)
         policy.take_costs(costs_of(1000, 1250, 1500, 1750, 2000, bucket=3, catch_up=catch_up))
-        depths = play(policy, 4000, accept_none, num_sequences=8)
+        depths = play(policy, 8000, accept_none, num_sequences=8)
         return [len(list(run)) for depth, run in itertools.groupby(depths[200:]) if depth == 0][1:-1]
 
-    assert set(waits(catch_up=None)) <= set(range(375, 390)), (
-        "two steps that lose 1000 us each, and at least 16 * 250 us to catch up, 64 times"
+    assert set(waits(catch_up=None)) <= set(range(755, 775)), (
+        "two steps that lose 1000 us each, and at least 16 * 250 us to catch up, 128 times"
     )
-    assert set(waits(catch_up=11_000)) <= set(range(695, 710)), "9000 us to catch up"
+    assert set(waits(catch_up=11_000)) <= set(range(1395, 1415)), "9000 us to catch up"
 
 
 def test_plain_steps_are_measured_anew_while_drafting() -> None:
