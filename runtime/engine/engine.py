@@ -430,10 +430,8 @@ class Engine:
             if logprobs:
                 completion.logprobs += logprobs[id(sequence)][: len(token_ids)]
             stop = completion.push(token_ids, finish_reason)
-            if stop is not None:
-                completion.cut()
-                if not self._scheduler.finish(sequence.sequence_id, "stop", stop):
-                    sequence.finish_reason, sequence.stop_reason = "stop", stop  # a token that came with it ended the sequence as well
+            if stop is not None and not self._scheduler.finish(sequence.sequence_id, "stop", stop):
+                sequence.finish_reason, sequence.stop_reason = "stop", stop  # a token that came with it ended the sequence as well
             stream.notify()
 
     # faults

@@ -25,14 +25,14 @@ class Completion:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def push(self, token_ids: list[int], finish_reason: str | None) -> str | None:
-        """Take in new tokens; returns the stop text that they completed, if any."""
-        return None if self.detokenizer is None else self.detokenizer.push(token_ids, finish_reason)
-
-    def cut(self) -> None:
-        """Drop what was taken in with, but behind, the token that completed a stop text."""
-        assert self.detokenizer is not None, "there is no stop text without one"
-        del self.sequence.output_token_ids[self.detokenizer.num_tokens :]
-        del self.logprobs[self.detokenizer.num_tokens :]
+        """Take in new tokens; returns the stop text that they completed, if any, and drops those behind it."""
+        if self.detokenizer is None:
+            return None
+        stop = self.detokenizer.push(token_ids, finish_reason)
+        if stop is not None:
+            del self.sequence.output_token_ids[self.detokenizer.num_tokens :]
+            del self.logprobs[self.detokenizer.num_tokens :]
+        return stop
 
     def snapshot(self) -> CompletionOutput:
         """Return everything since the request began."""

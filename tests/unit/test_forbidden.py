@@ -75,6 +75,7 @@ MAY_ASSERT = {
     "zspmd.runtime.programs.bench.start": "pipes that it has asked for itself",
     "zspmd.runtime.programs.generate": "a finished request has an output",
     "zspmd.workers.sampler": "shapes that this package computes itself",
+    "zspmd.workers.speculation.rejection": "numbers of rows that its caller has counted",
     "zspmd.workers.zygote": "what the agent, the same program, sends",
 }
 

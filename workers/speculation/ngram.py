@@ -27,8 +27,6 @@ class NgramProposer:
     """
 
     def __init__(self, k: int, min_n: int, max_n: int) -> None:
-        assert k >= 1, k
-        assert 1 <= min_n <= max_n, (min_n, max_n)
         self.k = k
         self._min_n = min_n
         self._max_n = max_n

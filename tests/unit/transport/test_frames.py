@@ -29,11 +29,11 @@ def test_headers_have_their_documented_sizes() -> None:
 
 
 def test_the_step_header_is_laid_out_as_documented() -> None:
-    assert pack_step_header(StepKind.CALL, 0x01020304, 0x05) == b"SZ\x05\x03" + b"\x04\x03\x02\x01" + b"\x05" + bytes(7)
+    assert pack_step_header(StepKind.CALL, 0x01020304, 0x05) == b"SZ\x06\x03" + b"\x04\x03\x02\x01" + b"\x05" + bytes(7)
 
 
 def test_the_result_header_is_laid_out_as_documented() -> None:
-    wanted = b"RZ\x05\x05" + b"\x04\x03\x02\x01" + b"\x05" + bytes(7) + b"\x07\x00" + bytes(2) + b"\x09\x00\x00\x00" + b"\x0b" + bytes(7)
+    wanted = b"RZ\x06\x05" + b"\x04\x03\x02\x01" + b"\x05" + bytes(7) + b"\x07\x00" + bytes(2) + b"\x09\x00\x00\x00" + b"\x0b" + bytes(7)
     assert pack_result_header(ResultKind.CALL_ERROR, 0x01020304, 5, 7, 9, 11) == wanted
 
 
@@ -116,9 +116,9 @@ def test_a_bad_result_frame_is_refused(frames: list[bytes], words: str) -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(WireVersionError, match="version 1, this side 5"):
+    with pytest.raises(WireVersionError, match="version 1, this side 6"):
         parse_step([STEP[:2] + b"\x01" + STEP[3:]])
-    with pytest.raises(WireVersionError, match="version 0, this side 5"):
+    with pytest.raises(WireVersionError, match="version 0, this side 6"):
         parse_result([RESULT[:2] + b"\0" + RESULT[3:]])
 
 
