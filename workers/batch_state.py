@@ -85,6 +85,8 @@ class BatchState:
         max_model_len: tokens that a sequence may compute; one more may be known, the last one sampled.
         block_size: KV positions in a block.
         num_blocks: blocks of the KV pool, the reserved block 0 included.
+        may_be_full: whether a step may name a decode slot whose sequence has all its tokens, since the driver did not know that yet. Its
+            row is for the caller to leave out.
 
     Attributes:
         is_live: bool [S], whether a sequence holds the slot; the other arrays mean nothing where it is False.
@@ -94,7 +96,8 @@ class BatchState:
         is_greedy: bool [S], where nothing but the largest logit is asked for.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_blocks: int) -> None:
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, num_blocks: int, *, may_be_full: bool = False) -> None:
+        self._may_be_full = may_be_full
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.is_live = np.zeros(max_num_seqs, np.bool_)
@@ -270,8 +273,9 @@ class BatchState:
         if uses.max() > 1:
             raise InternalError(f"slot {uses.argmax()} has {uses.max()} rows in one step; a sequence may have one")
         capacity = self.block_counts[slots] * self.block_size
-        # A sequence that has all its tokens has no block for the last one; it is left out of what is computed.
-        lacks_blocks = (ends > capacity) & (ends < self.max_num_tokens[slots])
+        lacks_blocks = ends > capacity
+        if self._may_be_full:  # a full sequence has no block for its last token, which nobody computes
+            lacks_blocks &= self.num_tokens[slots] < self.max_num_tokens[slots]
         is_bad = ~self.is_live[slots] | (rows.num_tokens < 1) | (ends > self.num_tokens[slots]) | lacks_blocks
         if is_bad.any():
             self._raise_bad_row(rows, int(is_bad.argmax()))

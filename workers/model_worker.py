@@ -153,7 +153,9 @@ class ModelWorker(Worker):
             self._kv_cache = self._model.allocate_kv_cache(num_blocks, self._block_size)
             if self._speculator is not None and isinstance(self._speculator.proposer, DraftProposer):
                 self._speculator.proposer.allocate_kv_cache(num_blocks, self._block_size)
-        self._state = BatchState(self._max_num_seqs, self._max_model_len, self._block_size, num_blocks)
+        self._state = BatchState(
+            self._max_num_seqs, self._max_model_len, self._block_size, num_blocks, may_be_full=self._speculator is not None
+        )
 
     @torch.inference_mode()
     def step(self, inputs: bytes | memoryview | list[Any]) -> list[object]:
@@ -166,8 +168,9 @@ class ModelWorker(Worker):
         Returns:
             [int32 [R] tokens in the order of the sampled rows, their log-probabilities as in ``SampledTokens``], on the last stage; no
             tokens on the others. A step without rows computes nothing and enters no collective of its own. With speculation further uint8
-            [rows] tokens of each decode slot or chunk that ends a prompt, uint8 [rows] drafts of each, and [drafts asked for, nanoseconds
-            that proposing took, those of all the rest]: a sequence that had all its tokens has 0 of both.
+            [rows] tokens of each decode slot or chunk that ends a prompt and uint8 [rows] drafts of each, both None where no drafts were
+            asked for and each has one token, and [drafts asked for, nanoseconds that proposing took, those of all the rest]. A sequence
+            that had all its tokens has 0 of both.
 
         Raises:
             BadFrameError: the bytes are no batch step, or name slots or blocks that do not exist.
@@ -180,39 +183,49 @@ class ModelWorker(Worker):
             return self._serve_experts()
         if self._speculator is not None:
             return self._step_with_drafts(self._state, self._speculator, own)
-        span = self.ctx.trace.span
-        with span("build inputs"):
+        with self.ctx.trace.span("build inputs"):
             rows = self._state.apply(decode_batch_step(own))
-            if not len(rows.slots):
-                return [_NO_TOKENS, None]
-        hidden, step_inputs = self._forward(self._state, rows)
+        return self._step_plainly(self._state, rows)
+
+    def _step_plainly(self, state: BatchState, rows: StepRows) -> list[object]:
+        """Compute rows without drafts."""
+        if not len(rows.slots):
+            return self._serve_experts()
+        hidden, inputs = self._forward(state, rows)
         if hidden is None:
             return [_NO_TOKENS, None]
-        with span("sample"):
-            sampled = self._sample(self._state, hidden, step_inputs)
+        with self.ctx.trace.span("sample"):
+            sampled = self._sample(state, hidden, inputs)
         return [sampled.token_ids, sampled.logprobs]
 
     def _step_with_drafts(self, state: BatchState, speculator: Speculator, own: bytes | memoryview) -> list[object]:
-        """Compute a step whose decode rows hold drafts."""
-        began_ns, span = time.perf_counter_ns(), self.ctx.trace.span
-        with span("propose"):
+        """Compute a step whose decode rows may hold drafts."""
+        began_ns = time.perf_counter_ns()
+        with self.ctx.trace.span("propose"):
             step = decode_batch_step(own)
             scheduled = state.apply(step)
             rows = speculator.extend(step, state, scheduled)
         proposed_ns = time.perf_counter_ns()
+        if rows is scheduled:
+            answer = [*self._step_plainly(state, rows), None, None]
+        else:
+            answer = self._verify(state, speculator, scheduled, rows)
+        return [*answer, [speculator.depth, proposed_ns - began_ns, time.perf_counter_ns() - proposed_ns]]
+
+    def _verify(self, state: BatchState, speculator: Speculator, scheduled: StepRows, rows: StepRows) -> list[object]:
+        """Compute ``rows``, which are ``scheduled`` with drafts and without sequences that are full, and keep what agrees."""
         answer: list[object] = [_NO_TOKENS, None]
         verdict = None
         if not len(rows.slots):
-            answer = self._serve_experts()
+            self._serve_experts()
         else:
             hidden, inputs = self._forward(state, rows)
-            with span("verify"):
+            with self.ctx.trace.span("verify"):
                 if hidden is not None and len(inputs.sampled_slots):
                     logits = self._compute_logits(hidden, inputs)
                     sampled, verdict = speculator.verify(state, rows, inputs, logits, self._sampler, is_told=self._stage.num_stages > 1)
                     answer = [sampled.token_ids, sampled.logprobs]
-        times_ns = [proposed_ns - began_ns, time.perf_counter_ns() - proposed_ns]
-        return [*answer, *speculator.report(scheduled, verdict), [speculator.depth, *times_ns]]
+        return [*answer, *speculator.report(scheduled, verdict)]
 
     def _forward(self, state: BatchState, rows: StepRows) -> tuple[Tensor | None, StepInputs]:
         """Compute rows on this rank's stage; returns hidden states [T, D] on the last one, and hands them on elsewhere."""

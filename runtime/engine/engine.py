@@ -420,7 +420,8 @@ class Engine:
         verified, counts, num_drafts = answer.verified, None, None
         if self._meter is not None and verified is not None:
             self._meter.answered(step, verified)
-            counts, num_drafts = verified.counts.tolist(), verified.num_drafts.tolist()
+            if verified.counts is not None and verified.num_drafts is not None:
+                counts, num_drafts = verified.counts.tolist(), verified.num_drafts.tolist()
         logprobs = answer.logprobs_of(step)
         for sequence, token_ids, finish_reason in self._scheduler.apply(step, answer.token_ids, counts, num_drafts):
             found = self._completions.get(sequence.sequence_id)

@@ -223,10 +223,14 @@ class Scheduler:
             raise InternalError(f"a step that samples {len(step.sampled)} rows came back with {len(tokens)} tokens")
         self._in_flight.popleft()
         updates, take_token = [], self._take_token
-        for sequence, token in zip(step.sampled, tokens):
-            sequence.num_ahead -= 1
-            if sequence.state is not _FINISHED:
-                updates.append(Update(sequence, [token], take_token(sequence, token)))
+        for place, (sequence, token) in enumerate(zip(step.sampled, tokens)):
+            if sequence.state is _FINISHED:
+                continue
+            if self._max_drafts:
+                sequence.count_verified(step.most_tokens(place), 1, 0)
+            else:
+                sequence.num_ahead -= 1
+            updates.append(Update(sequence, [token], take_token(sequence, token)))
         self._totals["generated"] += len(updates)
         self._totals["discarded"] += len(tokens) - len(updates)
         return updates

@@ -42,20 +42,22 @@ class SpeculationMeter:
         if not step.num_decodes:
             return
         depth, propose_ns, target_ns = answer.report
-        counts, num_drafts = answer.counts, answer.num_drafts
         self._propose_ns += propose_ns
         self._target_ns += target_ns
-        decoded = counts[-step.num_decodes :] > 0
-        if decoded.any():
+        num_rows = step.num_decodes
+        if answer.counts is not None and answer.num_drafts is not None:
+            counts, num_drafts = answer.counts[-step.num_decodes :], answer.num_drafts[-step.num_decodes :]
+            decoded = counts > 0  # the others had all their tokens
+            num_rows = int(decoded.sum())
+            if depth:
+                self._num_steps += 1
+                self._num_rows += num_rows
+                self._drafted += _by_position(num_drafts[decoded], len(self._drafted))
+                self._accepted += _by_position(counts[decoded] - 1, len(self._accepted))
+        if num_rows:
             if len(step.sampled) == step.num_decodes and not step.unsampled:
-                replica.costs.record(int(decoded.sum()), depth, now - began, follows_change=depth > 0 == replica.depth)
+                replica.costs.record(num_rows, depth, now - began, follows_change=depth > 0 == replica.depth)
             replica.depth = depth
-        if depth:
-            accepted, drafted = counts[-step.num_decodes :][decoded] - 1, num_drafts[-step.num_decodes :][decoded]
-            self._num_steps += 1
-            self._num_rows += len(drafted)
-            self._drafted += _by_position(drafted, len(self._drafted))
-            self._accepted += _by_position(accepted, len(self._accepted))
 
     def restarted(self) -> None:
         """Tell everything again: the ranks are others."""

@@ -20,13 +20,13 @@ class Verified:
     """What the drafts of a step came to.
 
     Args:
-        counts: uint8, the tokens of each sampled sequence.
-        num_drafts: uint8, the drafts of each.
+        counts: uint8, the tokens of each sampled sequence; None where each has one, since no drafts were asked for.
+        num_drafts: uint8, the drafts of each; None where counts is.
         report: [drafts asked for, nanoseconds to propose, nanoseconds of the rest].
     """
 
-    counts: npt.NDArray[np.uint8]
-    num_drafts: npt.NDArray[np.uint8]
+    counts: npt.NDArray[np.uint8] | None
+    num_drafts: npt.NDArray[np.uint8] | None
     report: Sequence[int]
 
 
@@ -53,7 +53,8 @@ class StepAnswer:
         """Return, by the ``id`` of each sequence of ``step`` that asked for them, the log-probabilities of its tokens."""
         if self._logprobs is None:
             return {}
-        counts = [1] * len(step.sampled) if self.verified is None else self.verified.counts.tolist()
+        several = None if self.verified is None else self.verified.counts
+        counts = [1] * len(step.sampled) if several is None else several.tolist()
         tokens, found = self.token_ids.tolist(), {}
         for sequence, end, count in zip(step.sampled, itertools.accumulate(counts), counts):
             rows = zip(tokens[end - count : end], self._logprobs[end - count : end])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import SIZES, save_checkpoint
+from support.compared_requests import WAYS_TO_SAMPLE
 from support.engines import assert_idle, build_engine, complete, complete_all
 
 import zspmd
@@ -19,17 +20,6 @@ NUM_REQUESTS = 32
 MAX_TOKENS = 14
 BLOCK_SIZE = 4
 CACHED_PROMPT_TOKENS = 16  # of every second prompt, the same for all of these: four blocks
-
-WAYS_TO_SAMPLE: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0},
-    "plain": {"temperature": 1.0},
-    "top-k": {"temperature": 1.2, "top_k": 9},
-    "top-p": {"temperature": 0.9, "top_p": 0.7},
-    "min-p": {"temperature": 1.1, "min_p": 0.05},
-    "penalties": {"temperature": 0.8, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3},
-    "greedy with penalties": {"temperature": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.5},
-    "everything": {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "presence_penalty": -0.3, "logprobs": 2},
-}
 
 
 @dataclass(frozen=True)

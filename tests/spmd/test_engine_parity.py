@@ -6,7 +6,6 @@ The quick tests have some of it: the families' modules are compared with Transfo
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import FAMILIES, SIZES, save_checkpoint
+from support.compared_requests import make_prompts
 from support.engines import assert_idle, build_engine, complete_all
 
 import zspmd
@@ -62,14 +62,7 @@ NUM_TOP = 20
 ATOL = 1e-4
 
 torch.set_num_threads(1)
-
-
-def make_prompts() -> list[list[int]]:
-    chance = random.Random(5)
-    return [[chance.randrange(SIZES["vocab_size"]) for _ in range(length)] for length in PROMPT_LENGTHS]
-
-
-PROMPTS = make_prompts()
+PROMPTS = make_prompts(PROMPT_LENGTHS)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from support.chain_model import CYCLE, EOS, TEXT, TOKENS, expected_tokens, save_chain_checkpoint, token_ids
-from support.engines import assert_idle, build_engine, collect, complete, complete_all
+from support.engines import assert_idle, build_engine, collect, complete, complete_all, greedy
 from support.leaks import LeakCheck
 from support.polling import wait_until
 
@@ -27,10 +27,6 @@ PROMPT = "tell"
 (COMMA,) = token_ids(",")
 GREEDY = zspmd.SamplingParams(max_tokens=40, temperature=0)
 ENDLESS = zspmd.SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
-
-
-def greedy(**fields: object) -> zspmd.SamplingParams:
-    return zspmd.SamplingParams(**{"max_tokens": 40, "temperature": 0, **fields})  # type: ignore[arg-type]  # checked by the class
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ The quick tests have one family on two ranks and one on two stages: more of them
 from __future__ import annotations
 
 import asyncio
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import SIZES, save_checkpoint
+from support.checkpoints import save_checkpoint
+from support.compared_requests import make_prompts
 from support.engines import assert_idle, build_engine, complete, complete_all, process_starts
 
 import zspmd
@@ -48,14 +48,7 @@ NUM_LAYERS = 4
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* runs through Transformers' modelling code:UserWarning")
 torch.set_num_threads(1)
-
-
-def make_prompts() -> list[list[int]]:
-    chance = random.Random(5)
-    return [[chance.randrange(SIZES["vocab_size"]) for _ in range(length)] for length in PROMPT_LENGTHS]
-
-
-PROMPTS = make_prompts()
+PROMPTS = make_prompts(PROMPT_LENGTHS)
 
 
 @dataclass

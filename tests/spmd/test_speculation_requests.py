@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from support.chain_model import CYCLE, EOS, TEXT, TOKENS, expected_tokens, save_chain_checkpoint, token_ids
 from support.checkpoints import save_checkpoint
-from support.engines import assert_idle, build_engine, collect, complete, complete_all, process_starts
+from support.engines import assert_idle, build_engine, collect, complete, complete_all, greedy, process_starts
 from support.local_engine import LocalEngine, Request
 from support.polling import wait_until
 
@@ -30,10 +30,6 @@ MAX_MODEL_LEN = 64
 K = 5  # runs of six tokens, of which neither the text nor a block of four is a multiple
 PROMPT = "tell"
 (COMMA,) = token_ids(",")
-
-
-def greedy(**fields: object) -> zspmd.SamplingParams:
-    return zspmd.SamplingParams(**{"max_tokens": 40, "temperature": 0, **fields})  # type: ignore[arg-type]  # checked by the class
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,11 @@ def build_engine(
     )
 
 
+def greedy(**fields: Any) -> zspmd.SamplingParams:
+    """Return parameters for the likeliest tokens, 40 at most."""
+    return zspmd.SamplingParams(**{"max_tokens": 40, "temperature": 0, **fields})
+
+
 async def complete(
     engine: zspmd.Engine, prompt: Any, params: zspmd.SamplingParams | None = None, *, request_id: str | None = None
 ) -> zspmd.RequestOutput:

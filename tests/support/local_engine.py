@@ -155,10 +155,11 @@ class LocalEngine:
         tokens, logprobs, *speculated = answer
         counts = drafts = None
         if speculated:
-            counts, drafts = speculated[0].tolist(), speculated[1].tolist()
             self.depths.append(speculated[2][0])
-            self.num_drafted += sum(drafts)
-            self.num_accepted += sum(max(0, count - 1) for count in counts)
+            if speculated[0] is not None:
+                counts, drafts = speculated[0].tolist(), speculated[1].tolist()
+                self.num_drafted += sum(drafts)
+                self.num_accepted += sum(max(0, count - 1) for count in counts)
         numbers = [1] * len(step.sampled) if counts is None else counts
         rows, end = {}, 0
         for sequence, count in zip(step.sampled, numbers, strict=True):

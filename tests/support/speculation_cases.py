@@ -11,6 +11,7 @@ from typing import Any
 from zspmd.config import EngineConfig, SamplingParams
 from zspmd.speculation_config import DraftConfig, NgramConfig, SpeculationConfig
 
+from . import compared_requests
 from .checkpoints import SIZES, save_checkpoint
 from .local_engine import Answer, LocalEngine, Request
 from .scripted_proposers import write_oracle
@@ -19,14 +20,7 @@ VOCAB_SIZE = SIZES["vocab_size"]
 MAX_TOKENS = 26
 LOGPROB_ATOL = 1e-4
 WAYS_TO_SAMPLE: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0},
-    "plain": {"temperature": 1.0},
-    "top-k": {"temperature": 1.2, "top_k": 9},
-    "top-p": {"temperature": 0.9, "top_p": 0.7},
-    "min-p": {"temperature": 1.1, "min_p": 0.05},
-    "penalties": {"temperature": 0.8, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3},
-    "greedy with penalties": {"temperature": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.5},
-    "everything": {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "presence_penalty": -0.3, "logprobs": 2},
+    **compared_requests.WAYS_TO_SAMPLE,
     "greedy with logprobs": {"temperature": 0, "logprobs": 1},
     "min tokens": {"temperature": 3.0, "min_tokens": 6, "ignore_eos": False, "stop_token_ids": list(range(0, VOCAB_SIZE, 3))},
     "stop tokens": {"temperature": 1.0, "ignore_eos": False, "stop_token_ids": list(range(0, VOCAB_SIZE, 17))},

@@ -67,7 +67,9 @@ class SpeculationLog:
 
         def noting_answers(step: ScheduledStep, answer: Verified) -> None:
             noted = self._by_step.pop(id(step))
-            noted.counts, noted.drafts = answer.counts.tolist(), answer.num_drafts.tolist()
+            noted.counts, noted.drafts = [1] * len(step.sampled), [0] * len(step.sampled)
+            if answer.counts is not None and answer.num_drafts is not None:
+                noted.counts, noted.drafts = answer.counts.tolist(), answer.num_drafts.tolist()
             answered(step, answer)
 
         patch.setattr(engine._scheduler, "schedule", noting)

@@ -19,7 +19,7 @@ from ..sampler import SampledTokens, Sampler
 from .depth import DepthPolicy
 from .proposer import Proposer
 from .rejecting import reject_drafts
-from .verification import Verdict, verify_by_match, without_drafts
+from .verification import Verdict, verify_by_match
 
 
 class Speculator:
@@ -46,7 +46,8 @@ class Speculator:
     def extend(self, step: BatchStep, state: BatchState, rows: StepRows) -> StepRows:
         """Return the rows with their drafts, which are in ``state.tokens``; ``rows`` is what ``state`` made of ``step``.
 
-        A sequence that has all its tokens, which the driver may not know yet, is left out.
+        A sequence that has all its tokens, which the driver may not know yet, is left out. With no drafts to ask for and none to leave
+        out it returns ``rows`` itself: a step as without speculation.
         """
         self._follow(step, state)
         decodes = rows.slots[rows.num_chunks :] if rows.num_chunks else rows.slots
@@ -80,11 +81,6 @@ class Speculator:
             The tokens that were kept, one sequence after another, and what became of the drafts.
         """
         slots, places = inputs.sampled_slots, inputs.sampled_places
-        if not self.depth:
-            sampled = sampler.sample(logits, state, slots, places)
-            if not is_told:
-                state.append_sampled(slots, sampled.token_ids)
-            return sampled, without_drafts(slots, sampled.token_ids)
         draw = sampler.draw(logits, state, slots, places)
         token_ids, is_sampled = draw.token_ids, rows.ends >= state.num_tokens[rows.slots]
         verdict = verify_by_match(state, slots, places, token_ids, rows.num_drafts[is_sampled])
@@ -103,8 +99,6 @@ class Speculator:
         The sequences are those that the driver takes to sample: chunks that end a prompt, then all that decode. One that had all its
         tokens has 0 of both.
         """
-        if verdict is not None and not self.depth and len(verdict.slots) == len(scheduled.slots):
-            return [np.ones(len(scheduled.slots), np.uint8), np.zeros(len(scheduled.slots), np.uint8)]
         counts, drafts = np.zeros(len(self._depths), np.uint8), np.zeros(len(self._depths), np.uint8)
         if verdict is not None:
             counts[verdict.slots], drafts[verdict.slots] = verdict.num_accepted + 1, verdict.num_drafts

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from pathlib import Path
 
 import pytest
 import tokenizers
+from support.zero_checkpoints import save_zeros
 
 from zspmd.config import EngineConfig, ParallelConfig
 from zspmd.errors import CheckpointError, ConfigError, TopologyError
-from zspmd.model_config import read_model_config, tensor_shapes
 from zspmd.runtime.engine.checkpoint import DEMO_MODEL, choose_num_blocks, open_checkpoint
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A whole checkpoint of zeros, without a tokenizer."""
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    header, end = {}, 0
-    for name, shape in tensor_shapes(read_model_config(tmp_path)).items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
-    return tmp_path
+    return save_zeros(tmp_path)
 
 
 @pytest.mark.parametrize(("asked", "limit"), [(None, 64), (64, 64), (7, 7)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -167,6 +167,22 @@ def test_full_slot_takes_no_further_token() -> None:
         state.append_sampled(np.array([0]), np.array([token], np.int32))
     with pytest.raises(InternalError, match="slot 0 holds 13 tokens"):
         state.append_sampled(np.array([0]), np.array([1], np.int32))
+
+
+def full_state(*, may_be_full: bool) -> BatchState:
+    """A sequence of the five tokens that it may have, four of them computed, in a block of four."""
+    state = BatchState(4, 12, 4, 8, may_be_full=may_be_full)
+    state.apply(make_step(adds=[replace(make_add(0, tokens=4, blocks=(1,)), max_num_tokens=5)], chunk_slots=u16(0), chunk_tokens=u32(4)))
+    state.num_computed[0] = 4
+    state.append_sampled(np.array([0]), i32(9))
+    return state
+
+
+def test_a_full_sequence_may_have_a_row_without_a_block_only_where_drafts_are_in_flight() -> None:
+    step = make_step(decode_slots=u16(0))
+    assert full_state(may_be_full=True).apply(step).slots.tolist() == [0]
+    with pytest.raises(InternalError, match="its 1 blocks of 4 hold 4"):
+        full_state(may_be_full=False).apply(step)
 
 
 def test_deleted_slot_is_free_for_an_add_of_the_same_step() -> None:

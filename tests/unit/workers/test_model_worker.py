@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import save_checkpoint
+from support.local_engine import StandInContext, StandInMesh
 from support.threads import ThreadCommunicator, run_ranks
 
 from zspmd.config import ParallelConfig
 from zspmd.errors import BadFrameError, ConfigError, InternalError
-from zspmd.topology import AxisGroup, axis_group
+from zspmd.topology import axis_group
 from zspmd.transport.batch import BatchStep, SlotAdd, encode_batch_step
-from zspmd.transport.trace_spans import NO_TRACE, Trace
 from zspmd.workers.communicators.solo import SoloCommunicator
 from zspmd.workers.dtypes import choose_dtype
 from zspmd.workers.model_worker import ModelWorker
@@ -26,29 +25,6 @@ BLOCK_SIZE = 4
 PROMPTS = ([5, 100, 508, 3, 3, 77, 12, 9, 40, 41, 42], [200, 7, 8])
 NUM_NEW = 12
 TOKENS_A_CHUNK = 4
-
-
-class StandInMesh(dict[str, Any]):
-    """The communicators by axis."""
-
-    parallel = ParallelConfig()
-
-    def group(self, axis: str) -> AxisGroup:
-        return axis_group(ParallelConfig(), axis, 0)
-
-
-@dataclass
-class StandInContext:
-    """What a model worker uses of ``WorkerContext``."""
-
-    mesh: StandInMesh
-    rank: int = 0
-    device: str = "cpu"
-    trace: Trace = NO_TRACE
-    progress: list[tuple[int, int, str]] = field(default_factory=list)
-
-    def report_progress(self, done: int, total: int, what: str) -> None:
-        self.progress.append((done, total, what))
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def add(slot: int, num_tokens: int, *, most: int = 1 << 31, num_blocks: int = LE
 
 
 def make(*adds: SlotAdd, depths: tuple[int, ...]) -> tuple[Speculator, BatchState, CountingProposer, NotingPolicy]:
-    state = BatchState(NUM_SLOTS, LENGTH, BLOCK_SIZE, 1 + NUM_SLOTS * 8)
+    state = BatchState(NUM_SLOTS, LENGTH, BLOCK_SIZE, 1 + NUM_SLOTS * 8, may_be_full=True)
     state.apply(BatchStep(adds=adds))
     proposer, policy = CountingProposer(), NotingPolicy(*depths)
     return Speculator(proposer, policy, NUM_SLOTS, rejects=False), state, proposer, policy
