@@ -57,6 +57,8 @@ CASES = [
     *(pytest.param((family, EVERY_EP, 3), id=f"{family}, experts", marks=pytest.mark.long) for family in MIXTURES),
 ]
 PROMPT_LENGTHS = (1, 2, 5, 11, 16, 17, 33, 60)
+SEEDS = {"qwen3-moe": 1}
+"""Of the weights, where 0 will not do: with it, the third and fourth of a token's experts are 1.5e-8 apart, so that rounding picks one."""
 MAX_TOKENS = 10
 NUM_TOP = 20
 ATOL = 1e-4
@@ -117,7 +119,7 @@ def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Start the engines of a family together: each spends most of its time importing torch on one core."""
     family, layouts, num_layers = request.param
     directory = tmp_path_factory.mktemp(family)
-    model = save_checkpoint(directory, family, num_hidden_layers=num_layers)
+    model = save_checkpoint(directory, family, seed=SEEDS.get(family, 0), num_hidden_layers=num_layers)
     return ask_transformers(model), asyncio.run(ask_engines(directory, layouts))
 
 

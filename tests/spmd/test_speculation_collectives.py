@@ -23,7 +23,7 @@ LAYOUTS = [
     pytest.param("llama", "target", 2, (2, 1, 1, 1), "batch", "auto", id="tp 2, a draft over both"),
     pytest.param("llama", "target", 1, (2, 1, 1, 1), "fixed", "auto", id="tp 2, a draft on each", marks=pytest.mark.long),
     pytest.param("mixtral", "ngram", 1, (1, 1, 2, 2), "fixed", "auto", id="dp 2 x ep 2"),
-    pytest.param("mixtral", "ngram", 1, (1, 1, 2, 2), "goodput", "all_to_all", id="dp 2 x ep 2, all-to-all", marks=pytest.mark.long),
+    pytest.param("mixtral", "ngram", 1, (1, 1, 2, 2), "batch", "all_to_all", id="dp 2 x ep 2, all-to-all", marks=pytest.mark.long),
     pytest.param("llama", "target", 2, (2, 2, 1, 1), "goodput", "auto", id="tp 2 x pp 2, a draft over both", marks=pytest.mark.long),
     pytest.param("llama", "target", 4, (4, 1, 1, 1), "goodput", "auto", id="tp 4, a draft over all", marks=pytest.mark.long),
     pytest.param("llama", "target", 1, (1, 2, 1, 1), "fixed", "auto", id="pp 2", marks=pytest.mark.long),
