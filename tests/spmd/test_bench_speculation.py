@@ -57,7 +57,7 @@ def test_a_speculating_engine_takes_turns_with_a_plain_one(leak_check: LeakCheck
 
 
 def test_policies_are_compared_and_judged(leak_check: LeakCheck, tmp_path: Path) -> None:
-    told, _ = bench(tmp_path, "speculation", "--acceptance", "low", "--batch", "1", "2", "--k", "2")
+    told, _ = bench(tmp_path, "speculation", "--acceptance", "low", "--batch", "1", "2", "--k", "2", "--engines", "2")
     cases = [(row["case"]["acceptance"], row["case"]["batch"], row["side"]) for row in told["rows"]]
     assert cases == [("low", batch, side) for batch in (1, 2) for side in ("off", "fixed", "goodput")]
     assert all(row["facts"]["to better"] > 0 for row in told["rows"] if row["side"] == "goodput")

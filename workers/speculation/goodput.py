@@ -42,6 +42,8 @@ class _Bucket:
     trial: list[int] = field(default_factory=list)  # depths of the steps to come
     num_trials: int = 0
     num_steps: int = 0  # since the last trial
+    settled_for: int = 0  # sequences for which what was chosen last stands until ``next_trial``, or until something is learnt
+    next_trial: float = 0.0  # in steps since the last
 
 
 class GoodputDepth:
@@ -60,19 +62,21 @@ class GoodputDepth:
     def choose(self, num_sequences: int) -> int:
         """Return K for a step in which so many sequences decode, at least 1; called once for each such step."""
         bucket = self._bucket(batch_bucket(num_sequences))
-        if not bucket.trial:
+        if not bucket.trial and (bucket.settled_for != num_sequences or bucket.num_steps >= bucket.next_trial):
             bucket.depth = self._best(bucket)
             self._plan_trial(bucket, num_sequences)
         bucket.num_steps += 1
         depth = bucket.trial.pop() if bucket.trial else bucket.depth
         if depth and self._num_without >= _MIN_WAIT:
             self._acceptance.fade(_FADED_SEQUENCES)
+            self._unsettle()
         self._num_without = 0 if depth else self._num_without + 1
         return depth
 
     def observe(self, num_accepted: I64Array, *, depths: int | I64Array) -> None:
         """Learn what was accepted; as ``DepthPolicy.observe``."""
         self._acceptance.observe(num_accepted, depths)
+        self._unsettle()
 
     def take_costs(self, costs: Iterable[StepCost]) -> None:
         """Learn what steps take; as ``DepthPolicy.take_costs``."""
@@ -82,6 +86,11 @@ class GoodputDepth:
             bucket = self._bucket(index)
             bucket.costs[depth] = duration_us
             bucket.durations = _fill_in(bucket.costs, self._k)
+        self._unsettle()
+
+    def _unsettle(self) -> None:
+        for bucket in self._buckets.values():
+            bucket.settled_for = 0
 
     def _bucket(self, index: int) -> _Bucket:
         bucket = self._buckets.get(index)
@@ -105,6 +114,7 @@ class GoodputDepth:
             trial = trials[bucket.num_trials % len(trials)]
             wait = self._wait(bucket, trial)
         if bucket.num_steps < wait:
+            bucket.settled_for, bucket.next_trial = num_sequences, wait
             return
         bucket.trial, bucket.num_trials, bucket.num_steps = trial, bucket.num_trials + 1, 0
 

@@ -21,6 +21,8 @@ from .proposer import Proposer
 from .rejecting import reject_drafts
 from .verification import Verdict, verify_by_match
 
+_MAX_ROOM = 1 << 32  # where nothing decodes
+
 
 class Speculator:
     """Adds drafts to the decode rows of a step.
@@ -42,6 +44,7 @@ class Speculator:
         self._policy = policy
         self._depths = np.zeros(max_num_seqs, np.int64)  # of each slot's latest row, until it is known what became of its drafts
         self._last_slots = np.empty(0, np.int64)  # decode rows of the latest step
+        self._room = 0  # steps for which all of these still have room if each step goes on with them and has no drafts
 
     def extend(self, step: BatchStep, state: BatchState, rows: StepRows) -> StepRows:
         """Return the rows with their drafts, which are in ``state.tokens``; ``rows`` is what ``state`` made of ``step``.
@@ -51,14 +54,20 @@ class Speculator:
         """
         self._follow(step, state)
         decodes = rows.slots[rows.num_chunks :] if rows.num_chunks else rows.slots
-        is_growing = state.num_tokens[decodes] < state.max_num_tokens[decodes]
-        are_all_growing = is_growing.all()
-        if not are_all_growing:
-            decodes = decodes[is_growing]
-        num_drafts = self._propose(state, decodes, step.max_drafts)
-        repeats = rows.repeats_decodes and (decodes is self._last_slots or np.array_equal(decodes, self._last_slots))
+        goes_on = rows.repeats_decodes and decodes is self._last_slots and self._room > 0
+        if not goes_on:
+            room = state.max_num_tokens[decodes] - state.num_tokens[decodes]
+            if not room.all():
+                decodes, room = decodes[room > 0], room[room > 0]
+            self._room = int(room.min(initial=_MAX_ROOM))
+        self.depth = min(self._policy.choose(len(decodes)), step.max_drafts) if len(decodes) else 0
+        self._room = 0 if self.depth else self._room - 1
+        if goes_on and not self.depth:
+            return rows
+        num_drafts = self._propose(state, decodes)
+        repeats = rows.repeats_decodes and np.array_equal(decodes, self._last_slots)
         self._last_slots = decodes
-        if num_drafts is None and are_all_growing and repeats == rows.repeats_decodes:
+        if num_drafts is None and len(decodes) == len(rows.slots) - rows.num_chunks and repeats == rows.repeats_decodes:
             return rows
         chunks = slice(rows.num_chunks)
         starts = np.concatenate((rows.starts[chunks], state.num_computed[decodes]))
@@ -118,9 +127,8 @@ class Speculator:
             counts = np.ones(len(slots), np.int64) if step.decode_counts is None else step.decode_counts.astype(np.int64)
             self._settle(state, slots, counts - 1)
 
-    def _propose(self, state: BatchState, decodes: I64Array, max_drafts: int) -> I64Array | None:
-        """Choose a depth, have drafts proposed, and return how many each of ``decodes`` got; None where none was asked for."""
-        self.depth = min(self._policy.choose(len(decodes)), max_drafts) if len(decodes) else 0
+    def _propose(self, state: BatchState, decodes: I64Array) -> I64Array | None:
+        """Have drafts proposed and return how many each of ``decodes`` got; None where none are asked for."""
         self._depths[decodes] = self.depth
         if not self.depth:
             return None

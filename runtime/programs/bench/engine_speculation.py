@@ -18,7 +18,7 @@ from ...engine.engine import Engine
 from .engine_cases import BLOCK_SIZE, freeze_garbage
 from .report import Report
 from .rows import Row, Value
-from .speculating_side import SpeculatingSide, check_same_tokens
+from .speculating_side import SpeculatingSide, SpeculatingTurn, check_same_tokens, make_row
 from .speculation_prompts import KINDS, TEXTS, SpeculationPrompts
 
 if TYPE_CHECKING:
@@ -116,33 +116,40 @@ async def measure_speculation(
             for prompts in kinds:
                 for batch in arguments.batch:
                     case: dict[str, Value] = {"tp": tp, "prompts": prompts.kind, "batch": batch}
-                    rows = await take_speculating_turns(report, case, sides, prompts, arguments.rounds, arguments.turns)
+                    report.say(describe_case(case))
+                    turns = await take_speculating_turns(sides, prompts, batch, arguments.rounds, arguments.turns)
+                    rows = report_turns(report, case, turns)
                     ratio = rows[SPECULATING].ratio_to(rows[PLAIN])
-                    where = ", ".join(f"{name} {value}" for name, value in case.items())
                     fewer = float(rows[PLAIN].facts["steps"]) / float(rows[SPECULATING].facts["steps"])
-                    report.note(f"{where}: {ratio.median:.2f} times as fast as plain, {fewer:.2f} times fewer target steps")
+                    report.note(f"{describe_case(case)}: {ratio.median:.2f} times as fast as plain, {fewer:.2f} times fewer target steps")
 
 
 async def take_speculating_turns(
-    report: Report, case: dict[str, Value], sides: dict[str, SpeculatingSide], prompts: SpeculationPrompts, num_rounds: int, num_turns: int
-) -> dict[str, Row]:
-    """Have the sides answer the same prompts in turns, in alternating order; adds a row for each and returns them by name."""
-    batch = int(case["batch"])
-    report.say(", ".join(f"{name} {value}" for name, value in case.items()))
+    sides: dict[str, SpeculatingSide], prompts: SpeculationPrompts, batch: int, num_rounds: int, num_turns: int
+) -> dict[str, list[SpeculatingTurn]]:
+    """Have the sides answer the same prompts in turns, in alternating order, after some to warm up; returns the turns of each."""
+    turns: dict[str, list[SpeculatingTurn]] = {name: [] for name in sides}
     for number in range(_NUM_WARM_TURNS + num_turns):
         drawn = prompts.draw(number, batch * num_rounds)
         streams = [drawn[stream::batch] for stream in range(batch)]
         for name in sides if number % 2 == 0 else reversed(sides):
-            await sides[name].take_turn(streams, prompts.params)
+            turns[name].append(await sides[name].take_turn(streams, prompts.params))
         if number == _NUM_WARM_TURNS - 1:
             freeze_garbage()
-            for side in sides.values():
-                side.forget()
-    num_other = check_same_tokens(sides)
+    return {name: of_side[_NUM_WARM_TURNS:] for name, of_side in turns.items()}
+
+
+def report_turns(report: Report, case: dict[str, Value], turns: Mapping[str, Sequence[SpeculatingTurn]]) -> dict[str, Row]:
+    """Add a row for each side and return them by name; a note says so if the sides' answers differ."""
+    num_other = check_same_tokens(turns)
     if num_other:
-        report.note(f"{', '.join(f'{name} {value}' for name, value in case.items())}: {num_other} answers are not the same on all sides")
-    rows = {name: side.row(case, name) for name, side in sides.items()}
-    for name, side in sides.items():
-        report.add(rows[name])
-        side.forget()
+        report.note(f"{describe_case(case)}: {num_other} answers are not the same on all sides")
+    rows = {name: make_row(case, name, of_side) for name, of_side in turns.items()}
+    for row in rows.values():
+        report.add(row)
     return rows
+
+
+def describe_case(case: Mapping[str, Value]) -> str:
+    """Return a case as a phrase."""
+    return ", ".join(f"{name} {value}" for name, value in case.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ....config import SamplingParams
@@ -42,18 +42,8 @@ class SpeculatingSide:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._turns: list[SpeculatingTurn] = []
 
-    @property
-    def token_ids(self) -> list[list[int]]:
-        """Of all answers so far."""
-        return [tokens for turn in self._turns for tokens in turn.token_ids]
-
-    def forget(self) -> None:
-        """Let the turns so far be for warming up."""
-        self._turns.clear()
-
-    async def take_turn(self, streams: Sequence[Sequence[Prompt]], params: SamplingParams) -> None:
+    async def take_turn(self, streams: Sequence[Sequence[Prompt]], params: SamplingParams) -> SpeculatingTurn:
         """Answer the prompts of each stream, one after another; all streams at the same time."""
         steps, before = self._engine.group.statistics().steps, self._engine.statistics().speculation
         began_s = time.perf_counter()
@@ -67,7 +57,7 @@ class SpeculatingSide:
         after = self._engine.statistics().speculation
         gained = None if before is None or after is None else _subtract(after, before)
         num_steps = self._engine.group.statistics().steps - steps
-        self._turns.append(SpeculatingTurn([tokens for stream in answers for tokens in stream], elapsed_s, num_steps, gained))
+        return SpeculatingTurn([tokens for stream in answers for tokens in stream], elapsed_s, num_steps, gained)
 
     async def _answer(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[int]]:
         answers = []
@@ -78,25 +68,26 @@ class SpeculatingSide:
             answers.append(token_ids)
         return answers
 
-    def row(self, case: dict[str, Value], name: str) -> Row:
-        """Return the turns as a row: tokens a second, and as facts the target's steps of a turn and what was accepted in all."""
-        row = Row(case, name, "tokens/s", [[turn.tokens_per_s] for turn in self._turns])
-        row.facts["steps"] = statistics.median(turn.num_steps for turn in self._turns)
-        told = [turn.speculation for turn in self._turns if turn.speculation is not None]
-        if told:
-            row.facts |= _describe(told, sum(turn.num_steps for turn in self._turns))
-        return row
+
+def make_row(case: dict[str, Value], name: str, turns: Sequence[SpeculatingTurn]) -> Row:
+    """Return a side's turns as a row: tokens a second, and as facts the target's steps of a turn and what was accepted in all."""
+    row = Row(case, name, "tokens/s", [[turn.tokens_per_s] for turn in turns])
+    row.facts["steps"] = statistics.median(turn.num_steps for turn in turns)
+    told = [turn.speculation for turn in turns if turn.speculation is not None]
+    if told:
+        row.facts |= _describe(told, sum(turn.num_steps for turn in turns))
+    return row
 
 
-def check_same_tokens(sides: dict[str, SpeculatingSide]) -> int:
+def check_same_tokens(turns: Mapping[str, Sequence[SpeculatingTurn]]) -> int:
     """Return for how many answers a side has other tokens than the first.
 
     Raises:
         InternalError: a side has fewer or more answers.
     """
-    first, *others = [side.token_ids for side in sides.values()]
+    first, *others = [[tokens for turn in of_side for tokens in turn.token_ids] for of_side in turns.values()]
     if any(len(other) != len(first) for other in others):
-        raise InternalError(f"sides of one benchmark have {[len(side.token_ids) for side in sides.values()]} answers")
+        raise InternalError(f"sides of one benchmark have {[len(first), *map(len, others)]} answers")
     return sum(len(set(map(tuple, answers))) > 1 for answers in zip(first, *others))
 
 

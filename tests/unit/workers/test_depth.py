@@ -223,6 +223,25 @@ def test_two_policies_that_are_fed_alike_choose_alike_and_no_more_than_k() -> No
     assert seen == set(range(K + 1))
 
 
+def test_what_is_kept_of_a_choice_changes_none() -> None:
+    """Costs are looked at anew when some come in, be they none: one policy may go on as before, the other decides each step."""
+    random, keeping, deciding = np.random.default_rng(4), GoodputDepth(K), GoodputDepth(K)
+    depths = []
+    for number in range(6000):
+        num_sequences = 1 if number % 2000 < 1500 else int(random.choice([2, 3, 32]))
+        deciding.take_costs([])
+        depths.append(keeping.choose(num_sequences))
+        assert deciding.choose(num_sequences) == depths[-1], number
+        accepted = random.integers(0, depths[-1] + 1, num_sequences) // (1 + number // 2000)
+        cells = [StepCost(*random.integers([0, 0, 900], [6, K + 1, 3000]).tolist())] if random.random() < 0.02 else []
+        for policy in (keeping, deciding):
+            if depths[-1]:
+                policy.observe(accepted, depths=depths[-1])
+            if cells:
+                policy.take_costs(cells)
+    assert {0, K} <= set(depths)
+
+
 # what it costs
 
 
