@@ -24,6 +24,7 @@ from .batch_state import BatchState, StepRows
 from .dtypes import choose_dtype
 from .expert_setup import ExpertSettings, build_expert_axis
 from .pipeline import PipelineStage
+from .processor import describe_processor
 from .sampler import SampledTokens, Sampler
 from .speculation.build import build_proposer
 from .speculation.depth import build_depth_policy
@@ -121,6 +122,11 @@ class ModelWorker(Worker):
         if self._speculator is not None and isinstance(self._speculator.proposer, DraftProposer):
             bytes_per_block += self._speculator.proposer.kv_bytes_per_block(self._block_size)
         return {"bytes_per_block": bytes_per_block, "free_bytes": free_bytes}
+
+    @rpc
+    def describe_processor(self) -> str:
+        """As ``processor.describe_processor``, of this rank's device."""
+        return describe_processor(self._device)
 
     @rpc
     def take_expert_loads(self) -> list[list[int]]:

@@ -33,6 +33,7 @@ from ...transport.trace_spans import NO_TRACE, Trace
 from ..driver.group import WorkerGroup
 from ..driver.launching import Host, OnLog, OnProgress, launch
 from ..driver.pending import PendingReply
+from .alike_ranks import count_alike_ranks
 from .checkpoint import open_checkpoint
 from .evidence import is_from_inside
 from .expert_balance import ExpertBalance, Rebalance
@@ -189,7 +190,7 @@ class Engine:
             **self._launch_options,
         )
         self._trace = group.trace
-        self._ranks = EngineRanks(group, self._wake.set)
+        self._ranks = EngineRanks(group, self._wake.set, num_alike=count_alike_ranks(self._checkpoint, self.parallel))
         if (mixture := self._checkpoint.model.mixture) is not None:
             self._experts = ExpertBalance(self._ranks, mixture, self.config.redundant_experts, num_expert_ranks(self.parallel))
         num_blocks = await self._ranks.start(self.config, self._checkpoint.max_model_len)

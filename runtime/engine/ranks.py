@@ -13,6 +13,7 @@ from ...errors import BackpressureError, NodeLostError, PreflightError, Topology
 from ..driver.group import WorkerGroup
 from ..driver.launching import GroupConfig
 from ..driver.pending import PendingReply
+from .alike_ranks import check_alike
 from .checkpoint import choose_num_blocks
 
 
@@ -23,11 +24,13 @@ class EngineRanks:
         group: the first, not started. Its successors have the same launch id, devices and log files, and an epoch of their own. Over
             several nodes they have its hosts, but for those that were lost or did not answer: spare slots take their place.
         on_failed: called when a group has failed, also while nobody awaits anything of it.
+        num_alike: how many neighbouring ranks must compute alike, as ``count_alike_ranks`` returns it.
     """
 
-    def __init__(self, group: WorkerGroup, on_failed: Callable[[], None]) -> None:
+    def __init__(self, group: WorkerGroup, on_failed: Callable[[], None], *, num_alike: int = 1) -> None:
         self.group = group
         self._on_failed = on_failed
+        self._num_alike = num_alike
         self._num_blocks = 0
         self._cause: ZspmdError | None = None  # why the ranks are replaced
         self._watcher: asyncio.Task[None] | None = None
@@ -41,7 +44,7 @@ class EngineRanks:
         """Start the ranks, size the KV pool and allocate it; returns its blocks, block 0 included.
 
         Raises:
-            ConfigError: no room for the pool.
+            ConfigError: no room for the pool, or ranks that must compute alike have different processors.
             WorkerError, LaunchError: as ``WorkerGroup.start``.
         """
         await self.group.start()
@@ -62,6 +65,7 @@ class EngineRanks:
         Raises:
             WorkerError, LaunchError, TransportError: it did not start; nothing of it is left, and this may be called again.
             TopologyError: the hosts that are left have too few slots; its cause is the loss of the others.
+            ConfigError: those that must compute alike have different processors.
 
         Cancellation: whatever was started is ended first.
         """
@@ -105,6 +109,8 @@ class EngineRanks:
             await self.group.aclose(abort=abort)
 
     async def _serve(self) -> None:
+        if self._num_alike > 1:
+            check_alike(await self.group.call("describe_processor"), self._num_alike)
         await self.group.call("allocate_kv_cache", self._num_blocks)
         self._watcher = asyncio.create_task(self._watch(self.group), name=f"zspmd-engine-watch-{self.group.launch_id}")
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
+from support import odd_processors
 from support.checkpoints import SIZES, save_checkpoint
 from support.engines import assert_idle, build_engine, complete, complete_all, process_starts
 from support.leaks import LeakCheck
@@ -179,6 +180,18 @@ async def assert_refused(engine: zspmd.Engine, kind: type[zspmd.ConfigError], me
     assert type(caught.value) is kind
     with pytest.raises(zspmd.ClosedError):
         await complete(engine, [1], SHORT)
+
+
+async def test_a_draft_on_ranks_of_different_kinds_is_refused(
+    nothing_left: None, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could propose differently in a near tie. A draft that they share asks for no such thing."""
+    monkeypatch.setattr("zspmd.runtime.engine.engine.WORKER", odd_processors.WORKER)
+    with pytest.raises(zspmd.ConfigError, match="rank 0 computes on 'kind 0' and rank 1 on 'kind 1'"):
+        async with build_engine(checkpoint, tp=2, speculation=f"draft:{checkpoint},tp=1"):
+            pytest.fail("it started")
+    async with build_engine(checkpoint, tp=2, speculation=f"draft:{checkpoint},tp=2") as engine:
+        assert len((await complete(engine, [1, 2, 3], SHORT)).token_ids) <= 4
 
 
 async def test_starting_processes_would_be_noticed() -> None:
