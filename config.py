@@ -259,7 +259,7 @@ class SamplingParams:
 
     Args:
         max_tokens: tokens to generate at most; at least 1.
-        min_tokens: tokens before any stop condition may end the request; end-of-sequence and stop tokens are not sampled before.
+        min_tokens: tokens before any stop condition may end the request; tokens that would end it are not sampled before.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities sum to at least this; 1 keeps all.

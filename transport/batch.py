@@ -70,7 +70,7 @@ class SlotAdd:
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty: as in ``SamplingParams``.
         logprobs: how many top log-probabilities to report; -1 for none at all.
         min_tokens: generated tokens before which none of ``end_token_ids`` may be sampled.
-        end_token_ids: int32 [e], tokens that end the sequence.
+        end_token_ids: int32 [e], tokens that end the sequence; none where ranks have no use for them.
         max_num_tokens: prompt and output at most; read where a decode row holds drafts, of which none may go beyond it.
     """
 

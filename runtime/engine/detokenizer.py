@@ -1,10 +1,4 @@
-"""Text from tokens that arrive a few at a time, never with half a character.
-
-A small window of the latest tokens is decoded again at each token, and what is new in its text is shown. The window begins with
-tokens that were shown already, since decoders treat the first token otherwise (some strip its space). The alternative,
-``tokenizers.decoders.DecodeStream``, raises "Invalid prefix encountered" on byte-fallback tokens that turn out to be no UTF-8,
-has no flush, and its state is lost when it raises; the window has neither trouble and costs one decode of a few tokens.
-"""
+"""Text from tokens that arrive a few at a time, with the stop texts of the request found and cut."""
 
 from __future__ import annotations
 
@@ -12,11 +6,8 @@ from collections.abc import Sequence
 
 from ...config import SamplingParams
 from .stops import StopMatcher
+from .token_text import build_token_text
 from .tokenizer import Tokenizer
-
-_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
-_MAX_HELD_TOKENS = 3  # a character has up to four bytes: three tokens may complete nothing, the fourth must
-_NUM_CONTEXT_TOKENS = 8
 
 
 class Detokenizer:
@@ -35,13 +26,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self.text = ""
         self.num_tokens = 0
-        self._tokenizer = tokenizer
-        self._stops = StopMatcher(params.stop)
+        self._next = build_token_text(tokenizer, prompt_token_ids)
+        self._stops = StopMatcher(params.stop) if params.stop else None
         self._min_tokens = params.min_tokens
-        self._window = [int(token) for token in prompt_token_ids[-_NUM_CONTEXT_TOKENS:]]
-        self._num_shown = len(tokenizer.decode(self._window).rstrip(_REPLACEMENT))
-        self._context_size = len(self._window)
-        self._num_held = 0
 
     def push(self, token_ids: Sequence[int], finish_reason: str | None = None) -> str | None:
         """Add the next tokens to ``text``; return the stop text that they completed, if any.
@@ -54,7 +41,7 @@ class Detokenizer:
         shown = token_ids[:-1] if finish_reason == "stop" else token_ids
         for token in shown:
             self.num_tokens += 1
-            stop = self._show(self._next_text(token))
+            stop = self._show(self._next.push(token))
             if stop is not None:
                 return stop
         self.num_tokens += len(token_ids) - len(shown)
@@ -62,39 +49,15 @@ class Detokenizer:
 
     def flush(self) -> str | None:
         """Bring out text that was held back for the rest of a character or of a stop text, at the end of the sequence."""
-        stop = self._show(self._tokenizer.decode(self._window)[self._num_shown :])
-        self._window, self._num_shown, self._context_size, self._num_held = [], 0, 0, 0
-        if stop is None:
+        stop = self._show(self._next.flush())
+        if stop is None and self._stops is not None:
             self.text += self._stops.flush()
         return stop
 
     def _show(self, text: str) -> str | None:
+        if self._stops is None:
+            self.text += text
+            return None
         shown, stop = self._stops.push(text, may_stop=self.num_tokens > self._min_tokens)
         self.text += shown
         return stop
-
-    def _next_text(self, token: int) -> str:
-        if token in self._tokenizer.special_token_ids:
-            return ""  # as in decode(), but a run of them must not lengthen the window
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        whole = len(text.rstrip(_REPLACEMENT))
-        is_stuck = self._num_held == _MAX_HELD_TOKENS and whole < len(text)
-        whole = len(text) - 1 if is_stuck else whole
-        if whole <= self._num_shown:
-            self._num_held = 0 if is_stuck else self._num_held + (whole < len(text))
-            return ""
-        new = text[self._num_shown : whole]
-        self._num_shown = whole
-        self._num_held = 0
-        if is_stuck:
-            self._begin_window(len(self._window) - _NUM_CONTEXT_TOKENS, num_hidden=1)
-        elif whole == len(text):
-            self._begin_window(self._context_size, num_hidden=0)
-        return new
-
-    def _begin_window(self, start: int, *, num_hidden: int) -> None:
-        """Forget the window's tokens before ``start``; all the rest, but its last characters, is context of what follows."""
-        self._window = self._window[max(0, start) :]
-        self._context_size = len(self._window)
-        self._num_shown = max(0, len(self._tokenizer.decode(self._window)) - num_hidden)

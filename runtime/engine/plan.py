@@ -103,10 +103,13 @@ def _untold(decodes: list[Sequence]) -> tuple[I32Array, U8Array | None]:
     return np.array(tokens, np.int32), None if has_one_each else np.array(counts, np.uint8)
 
 
-def build_slot_add(sequence: Sequence, eos_token_ids: frozenset[int]) -> SlotAdd:
-    """Return what a rank must know of a sequence that joins the batch: every token known so far, its blocks, its parameters."""
+def build_slot_add(sequence: Sequence, *, tells_ends: bool) -> SlotAdd:
+    """Return what a rank must know of a sequence that joins the batch: every token known so far, its blocks, its parameters.
+
+    Without ``tells_ends`` the tokens that end it travel only where ``min_tokens`` forbids them.
+    """
     params = sequence.params
-    end_token_ids = sorted(eos_token_ids.union(params.stop_token_ids)) if params.min_tokens else []
+    end_token_ids = sorted(sequence.end_token_ids) if params.min_tokens or tells_ends else []
     return SlotAdd(
         slot=sequence.slot,
         tokens=sequence.token_ids(),

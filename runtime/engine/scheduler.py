@@ -442,7 +442,7 @@ class Scheduler:
         sequence.register_at = num_cached + config.block_size
         self._totals["prefix_queries"] += num_tokens
         self._totals["prefix_hits"] += num_cached
-        plan.adds.append(build_slot_add(sequence, self._eos_token_ids))
+        plan.adds.append(build_slot_add(sequence, tells_ends=self._max_drafts > 0))
         self._plan_chunk(plan, sequence)
         return True
 

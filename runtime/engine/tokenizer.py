@@ -14,6 +14,7 @@ import tokenizers
 
 from ...errors import CheckpointError, RequestError
 from ...safetensors_files import read_json_object, read_small_file
+from .byte_pieces import BytePieces
 from .chat_template import ChatTemplate
 
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest have a tenth of it
@@ -27,6 +28,10 @@ class Tokenizer:
         backend: the parsed ``tokenizer.json``.
         chat_template: Jinja source; None where the checkpoint has none.
         special_tokens: by the names that templates use, such as ``bos_token``.
+
+    Attributes:
+        special_token_ids: what ``decode`` leaves out.
+        byte_pieces: what each token stands for, where it does not depend on its neighbours; None where it does.
     """
 
     def __init__(
@@ -39,6 +44,8 @@ class Tokenizer:
         self._special_tokens = dict(special_tokens or {})
         self._compiled: ChatTemplate | None = None
         self.special_token_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        is_byte_level = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        self.byte_pieces = BytePieces(backend, self.special_token_ids) if is_byte_level else None
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:

@@ -43,14 +43,15 @@ class Speculator:
         self._rejects = rejects
         self._policy = policy
         self._depths = np.zeros(max_num_seqs, np.int64)  # of each slot's latest row, until it is known what became of its drafts
+        self._end_token_ids: list[frozenset[int]] = [frozenset()] * max_num_seqs
         self._last_slots = np.empty(0, np.int64)  # decode rows of the latest step
         self._room = 0  # steps for which all of these still have room if each step goes on with them and has no drafts
 
     def extend(self, step: BatchStep, state: BatchState, rows: StepRows) -> StepRows:
         """Return the rows with their drafts, which are in ``state.tokens``; ``rows`` is what ``state`` made of ``step``.
 
-        A sequence that has all its tokens, which the driver may not know yet, is left out. With no drafts to ask for and none to leave
-        out it returns ``rows`` itself: a step as without speculation.
+        A sequence that has all its tokens or has ended, which the driver may not know yet, is left out. With no drafts to ask for and none
+        to leave out it returns ``rows`` itself: a step as without speculation.
         """
         self._follow(step, state)
         decodes = rows.slots[rows.num_chunks :] if rows.num_chunks else rows.slots
@@ -100,6 +101,7 @@ class Speculator:
         if not is_told:
             state.accept(verdict.slots, verdict.num_accepted, verdict.next_tokens)
             self._settle(state, verdict.slots, verdict.num_accepted)
+            self._end(state, verdict)
         return SampledTokens(token_ids[kept], None if logprobs is None else [logprobs[row] for row in kept.tolist()]), verdict
 
     def report(self, scheduled: StepRows, verdict: Verdict | None) -> list[npt.NDArray[np.uint8]]:
@@ -121,6 +123,7 @@ class Speculator:
             self._policy.take_costs(step.costs)
         for add in step.adds:
             self._depths[add.slot] = 0
+            self._end_token_ids[add.slot] = frozenset(add.end_token_ids.tolist())
         self.proposer.follow(step, state)
         if step.decode_slots is not None and step.decode_tokens is not None:  # another stage has verified
             slots = step.decode_slots.astype(np.int64)
@@ -135,6 +138,15 @@ class Speculator:
         lengths, capacity = state.num_tokens[decodes], state.block_counts[decodes] * state.block_size
         most = np.minimum(state.max_num_tokens[decodes] - 1, capacity) - lengths
         return self.proposer.propose(state, decodes, lengths, most.clip(0, self.depth))
+
+    def _end(self, state: BatchState, verdict: Verdict) -> None:
+        """Take sequences for full that have sampled a token that ends them: the driver publishes steps with them until it knows."""
+        for slot, num_accepted in zip(verdict.slots.tolist(), verdict.num_accepted.tolist()):
+            num_tokens = int(state.num_tokens[slot])
+            first = max(num_tokens - num_accepted - 1, int(state.num_prompt[slot] + state.sampling["min_tokens"][slot]))
+            if not self._end_token_ids[slot].isdisjoint(state.tokens[slot, first:num_tokens].tolist()):
+                state.max_num_tokens[slot] = num_tokens
+                self._room = 0
 
     def _settle(self, state: BatchState, slots: I64Array, num_accepted: I64Array) -> None:
         """Learn how many drafts of each of ``slots`` were kept; ``state`` has them and the tokens behind them."""

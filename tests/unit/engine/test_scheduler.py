@@ -253,6 +253,14 @@ def test_end_tokens_travel_only_with_min_tokens(min_tokens: int, end_token_ids: 
     assert (add.seed, add.logprobs, add.temperature, add.top_k) == (7, 2, 0.5, 3)
 
 
+@pytest.mark.parametrize(("ignore_eos", "end_token_ids"), [(False, [EOS, 9]), (True, [9])], ids=["eos", "ignore-eos"])
+def test_end_tokens_travel_with_speculation_so_that_ranks_see_ends(ignore_eos: bool, end_token_ids: list[int]) -> None:
+    scheduler = build(speculation="ngram")
+    scheduler.add(sequence_of("a", 3, ignore_eos=ignore_eos, stop_token_ids=[9]))
+    (add,) = must_schedule(scheduler).batch.adds
+    assert add.end_token_ids.tolist() == end_token_ids
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 2], ids=["waiting", "prompt", "decoding"])
 def test_a_sequence_ends_from_outside_in_any_state(num_steps: int) -> None:
     scheduler = build(max_num_batched_tokens=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,24 @@ def test_depth_0_asks_nobody_and_is_no_observation() -> None:
     assert (proposer.asked, proposer.num_followed) == ([], 1)
     speculator._settle(state, np.array([0]), np.array([0]))
     assert (policy.observed, proposer.settled) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "is_over"), [pytest.param(7, True, id="from-min-tokens-on"), pytest.param(8, False, id="one-before-min-tokens")]
+)
+def test_a_sequence_that_has_sampled_its_end_is_left_out(min_tokens: int, is_over: bool) -> None:
+    """Its end was the second of three tokens that were kept. The other sequence has the same token, which does not end it."""
+    ends = np.array([50, 101], np.int32)
+    adds = (replace(add(0, 7), end_token_ids=ends, min_tokens=min_tokens), add(2, 7))
+    speculator, state, _, _ = make(depths=(2, 0))
+    extend(speculator, state, BatchStep(adds=adds))
+    extend(speculator, state, decode(0, 2))
+    slots, accepted = np.array([0, 2]), np.array([2, 2])
+    verdict = Verdict(slots, np.array([0, 3]), accepted, accepted, np.array([9, 9], np.int32))
+    state.accept(slots, accepted, verdict.next_tokens)
+    speculator._end(state, verdict)
+    assert state.tokens[0, 7:10].tolist() == [100, 101, 9]
+    assert extend(speculator, state, BatchStep()).slots.tolist() == ([2] if is_over else [0, 2])
 
 
 @pytest.mark.parametrize("num_tokens", [8, 9, 10])
