@@ -149,7 +149,8 @@ class EngineConfig:
         dtype: dtype of weights and activations; "auto" is float32 on a CPU and the checkpoint's on a GPU.
         pack_weights: put the weights into the form that a CPU multiplies fastest with, once they are loaded. Costs a copy of the
             vocabulary where embedding and head share theirs; does nothing on a GPU.
-        window: steps in flight; 2 lets the next step be published before the last one is back. With pp stages it is at least pp.
+        window: steps in flight that a sequence may be in; 2 lets the next one be published before the last one is back. A pipeline of
+            pp stages has pp - 1 more in flight, for other sequences; with speculation there a sequence is in one, and pp or more are.
         max_waiting: requests that may wait for a slot before ``generate`` refuses more.
         pp_partition: layers of each pipeline stage, such as (3, 2); None balances them.
         redundant_experts: copies of experts that each mixture layer has beyond one of each, shared out among the ranks like the experts;

@@ -15,8 +15,9 @@ knows nothing of requests. Little endian, no padding:
     adds                msgpack: a list of one list a sequence, in the order of ``SlotAdd``'s fields
 
 Order of application: delete, add, block, then the rows are the chunks in order followed by the decode slots in order.
-A row is sampled when it reaches the end of the tokens known for its slot; each rank appends the sampled token itself. Where only the
-last stage of a pipeline samples, nobody does: each decode slot comes with its newest tokens, which are appended before the rows are chosen.
+A row is sampled when it reaches the end of the tokens known for its slot; each rank appends the sampled token itself, on stages of a
+pipeline that do not sample a placeholder. Where the drafts of speculation are verified by the last stage of a pipeline, nobody does: each
+decode slot comes with its newest tokens, which are appended before the rows are chosen.
 
 A decode row may hold draft tokens behind its newest one, ``max_drafts`` at most, for which the sender has set blocks aside. How many there
 are and which, every rank works out for itself.

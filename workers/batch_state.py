@@ -142,7 +142,7 @@ class BatchState:
         self.num_computed[rows.slots] = np.minimum(rows.ends, self.num_tokens[rows.slots])
 
     def append_sampled(self, slots: I64Array, tokens: I32Array) -> None:
-        """Append one sampled token to each of ``slots`` (int64 [R], no slot twice); ``tokens`` int32 [R].
+        """Append one sampled token, or what stands for it, to each of ``slots`` (int64 [R], no slot twice); ``tokens`` int32 [R].
 
         Raises:
             InternalError: a slot is full.

@@ -31,6 +31,7 @@ from .speculation.depth import build_depth_policy
 from .speculation.draft_model import DraftProposer
 from .speculation.proposer import Proposer
 from .speculation.speculator import Speculator
+from .token_return import TokenReturn
 from .worker import Worker, rpc
 
 _NO_TOKENS = np.empty(0, np.int32)
@@ -101,6 +102,9 @@ class ModelWorker(Worker):
             proposer = self._build_proposer(chosen, config.vocab_size, dtype, pack_weights)
             policy = build_depth_policy(chosen)
             self._speculator = Speculator(proposer, policy, max_num_seqs, rejects=chosen.verify == "rejection")
+        self._token_return: TokenReturn | None = None
+        if self._stage.num_stages > 1 and speculation is None:  # else the driver tells which drafts were kept
+            self._token_return = TokenReturn(self.ctx.mesh["pp"].cpu, max_num_seqs)
 
     def _build_proposer(self, speculation: SpeculationConfig, vocab_size: int, dtype: str, pack_weights: bool) -> Proposer:
         return build_proposer(
@@ -190,7 +194,10 @@ class ModelWorker(Worker):
         if self._speculator is not None:
             return self._step_with_drafts(self._state, self._speculator, own)
         with self.ctx.trace.span("build inputs"):
-            rows = self._state.apply(decode_batch_step(own))
+            step = decode_batch_step(own)
+            rows = self._state.apply(step)
+        if self._token_return is not None:
+            self._token_return.take(self._state, step.adds, rows.slots)
         return self._step_plainly(self._state, rows)
 
     def _step_plainly(self, state: BatchState, rows: StepRows) -> list[object]:
@@ -199,6 +206,8 @@ class ModelWorker(Worker):
             return self._serve_experts()
         hidden, inputs = self._forward(state, rows)
         if hidden is None:
+            if self._token_return is not None:
+                self._token_return.append_sampled(state, inputs.sampled_slots, None)
             return [_NO_TOKENS, None]
         with self.ctx.trace.span("sample"):
             sampled = self._sample(state, hidden, inputs)
@@ -270,7 +279,9 @@ class ModelWorker(Worker):
         if not len(slots):
             return SampledTokens(_NO_TOKENS, None)
         sampled = self._sampler.sample(self._compute_logits(hidden, inputs), state, slots, inputs.sampled_places)
-        if self._stage.num_stages == 1:  # else no other stage knows them, and all are told
+        if self._token_return is not None:
+            self._token_return.append_sampled(state, slots, sampled.token_ids)
+        elif self._stage.num_stages == 1:  # else no other stage knows them, and all are told
             state.append_sampled(slots, sampled.token_ids)
         return sampled
 

@@ -38,6 +38,7 @@ from .checkpoint import open_checkpoint
 from .evidence import is_from_inside
 from .expert_balance import ExpertBalance, Rebalance
 from .outputs import RequestOutput
+from .pipeline_parts import most_in_flight
 from .plan import ScheduledStep
 from .prompts import Prompt, encode_prompt
 from .ranks import EngineRanks
@@ -105,7 +106,8 @@ class Engine:
         self.parallel = parallel or ParallelConfig()
         tp, pp = self.parallel.tp, self.parallel.pp
         self._leaders = [(replica * pp + pp - 1) * tp for replica in range(self.parallel.dp)]  # the first rank of each last stage samples
-        self._window = max(self.config.window, self.parallel.pp)
+        is_told = pp > 1 and self.config.speculation is not None
+        self._window = most_in_flight(self.config.window, pp, is_told=is_told)
         self._model = model
         self._launch_options: dict[str, Any] = {
             "launch_id": launch_id,

@@ -71,7 +71,9 @@ class Sequence:
     num_ahead: int = field(default=0, init=False)
     """Tokens that published steps can sample, whether it may grow so far or not."""
     num_told: int = field(default=0, init=False)
-    """Tokens that ranks know from the driver; all of them but where only the last of several stages samples."""
+    """Tokens that ranks know from the driver, where it tells the stages of a pipeline what became of drafts."""
+    last_step: int = field(default=0, init=False)
+    """The last step of a pipeline that samples for it, as its scheduler counts them."""
     num_steps: int = field(default=0, init=False)
     """Steps that have sampled for it."""
     num_drafted: int = field(default=0, init=False)

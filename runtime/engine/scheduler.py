@@ -11,8 +11,7 @@ rank runs after those.
 
 The file passes 350 lines because all of it is one state machine, whose rules are easier to see in one place.
 
-With several pipeline stages a rank does not know the token that the last stage samples, so that a sequence decodes only once its token
-is back, and is in one step at most; each step takes its share of the sequences, so that every stage has a step to work on.
+With several pipeline stages each step takes its share of the sequences: ``PipelineParts``.
 
 With speculation a decode holds drafts, as many as the step allows and each rank chooses, and gains one to that many tokens more. Blocks are
 there for the most, so that the ranks never wait for them; where they would have to be taken from others, the step allows no drafts.
@@ -35,6 +34,7 @@ from ...config import EngineConfig
 from ...errors import InternalError, RequestError
 from ...speculation_config import SpeculationConfig
 from .blocks import BlockPool
+from .pipeline_parts import PipelineParts
 from .plan import ScheduledStep, StepPlan, Update, build_slot_add
 from .queue import WaitingQueue
 from .request import NO_SLOT, Sequence, SequenceState
@@ -72,8 +72,9 @@ class Scheduler:
     ) -> None:
         self._config = config
         self._replica = replica
-        self._num_stages = num_stages
         self._max_drafts = config.speculation.k if isinstance(config.speculation, SpeculationConfig) else 0
+        self._is_told = is_told = num_stages > 1 and self._max_drafts > 0  # by the driver, which drafts the last stage kept
+        self._parts = None if num_stages == 1 else PipelineParts(num_stages, config.window, is_told=is_told)
         self._num_blocks = num_blocks
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -92,6 +93,7 @@ class Scheduler:
         self._deletes: list[int] = []
         self._last_decodes: list[Sequence] = []
         self._in_flight: deque[ScheduledStep] = deque()
+        self._step_number = 0  # of the next step
 
     @property
     def num_waiting(self) -> int:
@@ -182,12 +184,15 @@ class Scheduler:
             for sequence, _ in plan.chunks:
                 self._register_full_blocks(sequence)
         # the same sequences have the same slots: one that gave its slot back was in no decode until it had been a chunk again
-        has_tokens = self._num_stages > 1
-        is_same = plan.decodes == self._last_decodes and not has_tokens
+        is_same = plan.decodes == self._last_decodes and not self._is_told
         decode_slots = None if is_same else [sequence.slot for sequence in plan.decodes]
-        step = plan.build(self._deletes, decode_slots, has_tokens=has_tokens)
+        step = plan.build(self._deletes, decode_slots, has_tokens=self._is_told)
         self._deletes.clear()
         self._last_decodes = plan.decodes
+        if self._parts is not None:
+            for sequence in step.sampled:
+                sequence.last_step = self._step_number
+            self._step_number += 1
         self._in_flight.append(step)
         self._totals["computed"] += step.num_tokens
         return step
@@ -352,18 +357,14 @@ class Scheduler:
 
     def _plan_decodes(self, plan: StepPlan) -> None:
         """One token for each running sequence past its prompt, and drafts, while the tokens in flight leave it room to grow."""
-        block_size, prefilling, decodes, most = self._config.block_size, self._prefilling, plan.decodes, 1 + plan.max_drafts
-        has_stages, share = self._num_stages > 1, self._decode_share()
-        longest = 1 + self._max_drafts
-        for sequence in list(self._running.values()):
+        block_size, decodes, most = self._config.block_size, plan.decodes, 1 + plan.max_drafts
+        for sequence in self._choose_decodes():
             if sequence.state is not _RUNNING:
                 break  # preempted by an older one just now, as are all that follow
-            if sequence is prefilling or sequence.num_known + -(-sequence.num_ahead // longest) >= sequence.max_num_tokens:
-                continue  # even if no draft is kept, the steps in flight fill it
-            if has_stages and (sequence.num_in_flight or len(decodes) == share):
-                continue
             num_tokens = min(sequence.num_tokens + most, sequence.max_num_tokens)
             if num_tokens - 1 > len(sequence.blocks) * block_size and not self._grow(plan, sequence, num_tokens - 1):
+                if not decodes:  # in a pipeline older ones may not have been chosen, and have room now
+                    return self._plan_decodes(plan)
                 break
             sequence.num_ahead += most
             sequence.num_tokens = num_tokens
@@ -371,13 +372,18 @@ class Scheduler:
             decodes.append(sequence)
         plan.budget -= most * len(plan.decodes)
 
-    def _decode_share(self) -> int:
-        """How many sequences a step takes at most: an equal part for each stage, now and when those in flight come back."""
-        if self._num_stages == 1:
-            return len(self._running)
-        num_ready = sum(not sequence.num_in_flight and sequence is not self._prefilling for sequence in self._running.values())
-        num_idle = max(1, self._num_stages - len(self._in_flight))
-        return min(-(-len(self._running) // self._num_stages), -(-num_ready // num_idle))
+    def _choose_decodes(self) -> list[Sequence]:
+        """Return running sequences past their prompts, oldest first, but for those that steps in flight fill even if they keep no draft."""
+        prefilling, longest = self._prefilling, 1 + self._max_drafts
+        growing = [
+            sequence
+            for sequence in self._running.values()
+            if sequence is not prefilling and sequence.num_known + -(-sequence.num_ahead // longest) < sequence.max_num_tokens
+        ]
+        if self._parts is None:
+            return growing
+        num_running, num_in_flight = len(self._running), len(self._in_flight)
+        return self._parts.choose(growing, num_running=num_running, num_in_flight=num_in_flight, step_number=self._step_number)
 
     def _grow(self, plan: StepPlan, sequence: Sequence, num_positions: int) -> bool:
         """Give a sequence blocks for so many positions, at the cost of newer ones where none is free; False if it gave way itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,8 +58,8 @@ class Slot:
 class SimulatedRank:
     """Applies batch steps as ``transport/batch.py`` says. Each position of its KV cache holds the hash of the tokens up to there.
 
-    With ``is_told`` it forgets what it samples, as the first stages of a pipeline never know it. Where a step allows drafts, a decode row
-    holds a random number of them, right and wrong ones.
+    With ``is_told`` it forgets what it samples, as stages of a pipeline do that the driver tells what became of drafts. Where a step
+    allows drafts, a decode row holds a random number of them, right and wrong ones.
     """
 
     config: EngineConfig
@@ -179,7 +179,8 @@ class Simulation:
         self.scheduler = Scheduler(
             self.config, num_blocks=self.num_blocks, max_model_len=self.max_model_len, eos_token_ids=[EOS], num_stages=self.num_stages
         )
-        self.rank = SimulatedRank(self.config, self.num_blocks, is_told=self.num_stages > 1, chance=self.chance)
+        is_told = self.num_stages > 1 and self.config.speculation is not None
+        self.rank = SimulatedRank(self.config, self.num_blocks, is_told=is_told, chance=self.chance)
         self.pending: deque[tuple[ScheduledStep, list[list[int]], list[int]]] = deque()
 
     def run(self, sequences: list[Sequence], abort_share: float) -> None:
@@ -207,10 +208,10 @@ class Simulation:
             tokens, drafts = self.rank.run(decode_batch_step(encode_batch_step(step.batch)))
             assert len(tokens) == len(step.sampled)
             if self.num_stages > 1:
-                on_their_way = [id(sequence) for published, _, _ in self.pending for sequence in published.sampled]
-                assert not set(map(id, step.sampled)) & set(on_their_way), "a sequence decodes before its last token is known"
-                assert step.batch.decode_slots is not None
-                assert len(step.batch.decode_slots) <= -(-num_running // self.num_stages), "another stage is left without its share"
+                on_their_way = Counter(id(sequence) for published, _, _ in self.pending for sequence in published.sampled)
+                most = 0 if self.rank.is_told else self.config.window - 1
+                assert all(on_their_way[id(sequence)] <= most for sequence in step.sampled), "a sequence runs too far ahead of its tokens"
+                assert step.num_decodes <= -(-num_running // self.num_stages), "another stage is left without its share"
             self.pending.append((step, tokens, drafts))
         elif self.pending:
             step, tokens, drafts = self.pending.popleft()
@@ -232,12 +233,13 @@ def simulations(draw: st.DrawFn) -> tuple[Simulation, list[Sequence], float]:
         block_size=block_size,
         enable_prefix_cache=draw(st.booleans()),
         enable_chunked_prefill=chunked,
+        window=draw(st.integers(1, 3)),
         speculation=draw(st.sampled_from([None, "ngram:k=1", "ngram:k=3", "ngram:k=7"])),
     )
     fewest = -(-max_model_len // block_size) + 1
     num_blocks = draw(st.sampled_from([fewest, fewest + fewest // 2, 3 * fewest]))
     chance = random.Random(draw(st.integers(0, 1 << 32)))
-    simulation = Simulation(config, num_blocks, max_model_len, draw(st.integers(1, 3)), chance, draw(st.sampled_from([1, 1, 2, 3])))
+    simulation = Simulation(config, num_blocks, max_model_len, draw(st.integers(1, 5)), chance, draw(st.sampled_from([1, 1, 2, 3])))
     beginnings = [[chance.randrange(2, VOCABULARY) for _ in range(12)] for _ in range(2)]
     sequences = []
     for number in range(draw(st.integers(1, 12))):

@@ -180,20 +180,27 @@ def test_a_failure_that_does_not_come_again_is_a_difference(leak_check: LeakChec
 
 
 @pytest.mark.parametrize(
-    ("speculation", "ranks"),
-    [(None, ([], ["--rank", "1"])), ("draft:demo,k=3,tp=2+ngram:k=2", (["--rank", "0"],))],
-    ids=["plain", "speculating"],
+    ("axis", "speculation", "ranks"),
+    [
+        ("tp", None, ([], ["--rank", "1"])),
+        ("tp", "draft:demo,k=3,tp=2+ngram:k=2", (["--rank", "0"],)),
+        ("pp", None, (["--rank", "0"], ["--rank", "1"])),
+    ],
+    ids=["plain", "speculating", "stages"],
 )
-async def test_an_engine_is_replayed(speculation: str | None, ranks: tuple[list[str], ...], leak_check: LeakCheck, tmp_path: Path) -> None:
+async def test_an_engine_is_replayed(
+    axis: str, speculation: str | None, ranks: tuple[list[str], ...], leak_check: LeakCheck, tmp_path: Path
+) -> None:
     path = tmp_path / "run.zsr"
-    config, parallel = zspmd.EngineConfig(speculation=speculation), zspmd.ParallelConfig(tp=2)
+    config, parallel = zspmd.EngineConfig(speculation=speculation), zspmd.ParallelConfig(**{axis: 2})
     async with zspmd.Engine(DEMO_MODEL, parallel=parallel, config=config, devices="cpu", deadlines=DEADLINES, record=path) as engine:
         params = [zspmd.SamplingParams(max_tokens=8, temperature=t, seed=7) for t in (0.0, 1.0)]
         await complete_all(engine, ["12+30=", "zspmd is"], params)
     for arguments in ranks:
         done = replay(path, *arguments)
         assert (done.returncode, done.stdout.split("\n")[-2]) == (0, "equal"), done.stdout + done.stderr
-        assert ("were run and have nothing to be compared with" in done.stdout) == (arguments == ["--rank", "1"])
+        answers = "0" if axis == "tp" else "1"  # the first rank of the last stage
+        assert ("were run and have nothing to be compared with" in done.stdout) == (arguments not in ([], ["--rank", answers]))
 
 
 def test_a_worker_of_a_script_is_found_again(leak_check: LeakCheck, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from support.checkpoints import SIZES, save_checkpoint
 from support.engines import assert_idle, build_engine, complete
 from support.leaks import LeakCheck
 from support.polling import wait_until
-from support.step_collectives import ModelSizes, ReplicaPart, needs_whole, predict_collectives
+from support.step_collectives import ModelSizes, ReplicaPart, TokensOnTheWay, needs_whole, predict_collectives
 
 import zspmd
 from zspmd.runtime.engine.plan import ScheduledStep
@@ -53,8 +53,12 @@ class Published:
     """What the driver published, noted where it decides: of each step the parts of the replicas, and whether somebody was cut short."""
 
     num_replicas: int
+    num_stages: int
     parts: list[list[ReplicaPart]] = field(default_factory=list)
     num_cut_prompts: int = 0
+
+    def __post_init__(self) -> None:
+        self._on_the_way = [TokensOnTheWay(self.num_stages) for _ in range(self.num_replicas)]
 
     def add(self, steps: list[ScheduledStep]) -> None:
         if not steps:
@@ -62,14 +66,17 @@ class Published:
         parts = [ReplicaPart()] * self.num_replicas
         for step in steps:
             num_whole = sum(needs_whole(sequence.params) for sequence in step.sampled)
-            parts[step.replica] = ReplicaPart(step.num_tokens, len(step.sampled) - num_whole, num_whole)
+            taken = self._on_the_way[step.replica].take(step) if self.num_stages > 1 else ()
+            is_handed_on = self.num_stages > 1 and bool(step.sampled)
+            num_by_shard = len(step.sampled) - num_whole
+            parts[step.replica] = ReplicaPart(step.num_tokens, num_by_shard, num_whole, taken=taken, is_handed_on=is_handed_on)
             self.num_cut_prompts += len(step.unsampled)
         self.parts.append(parts)
 
 
 def watch_published(engine: zspmd.Engine, patch: pytest.MonkeyPatch) -> Published:
     """Have each step that an engine decides on noted."""
-    schedule, published = engine._scheduler.schedule, Published(engine.parallel.dp)
+    schedule, published = engine._scheduler.schedule, Published(engine.parallel.dp, engine.parallel.pp)
 
     def noting() -> list[ScheduledStep]:
         steps = schedule()

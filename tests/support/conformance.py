@@ -203,6 +203,22 @@ class Conformance:
                 communicator.send(value, partner)
         return received, shares[partner]
 
+    def letters(self, case: Case) -> tuple[Any, torch.Tensor]:
+        """Each rank sends several messages to the next one, and changes them, before it takes any; in CPU memory whatever the device."""
+        communicator, shares = self.communicator.cpu, [share.flatten()[:200] for share in self.shares(case)]
+        messages = [shares[self.rank] + number for number in range(8)]
+        if self.size > 1:
+            for message in messages:
+                value = laid_out(message, case.layout)
+                communicator.send_nowait(value, communicator.next_rank)
+                value[:] = 0
+            for message in messages:
+                assert communicator.receive(message, communicator.previous_rank) is message
+        received = torch.stack(messages)
+        return received.numpy() if case.layout == "numpy" else received, torch.stack(
+            [shares[communicator.previous_rank] + number for number in range(8)]
+        )
+
 
 OPERATIONS: dict[str, Callable[[Conformance, Case], tuple[Any, torch.Tensor]]] = {
     "all_reduce": Conformance.all_reduce,
@@ -213,6 +229,7 @@ OPERATIONS: dict[str, Callable[[Conformance, Case], tuple[Any, torch.Tensor]]] =
     "uneven_all_to_all": Conformance.uneven_all_to_all,
     "ring": Conformance.ring,
     "pairs": Conformance.pairs,
+    "letters": Conformance.letters,
 }
 
 

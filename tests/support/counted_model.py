@@ -17,7 +17,7 @@ from zspmd.workers.communicators.communicator import Communicator
 from zspmd.workers.model_worker import ModelWorker
 
 WORKER = "support.counted_model:CountedModel"
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send", "receive", "barrier")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send", "send_nowait", "receive", "barrier")
 
 
 class CountedModel(ModelWorker):

@@ -10,6 +10,9 @@
     between stages              pp send, receive     T * D
     last stage     sampling     tp all-gather        2 a row                of rows that are sampled by shard
                                 tp all-gather        V / tp a row           of rows that need the whole vocabulary
+                                pp send_nowait       1 a row                to the first stage, without speculation
+    first stage    tokens       pp receive           1 a row                of each earlier step up to the last that sampled for a row of
+                                                                            this one, and of those beyond the 2 pp youngest
 
 T tokens of this replica in the step, longest the most of the replicas that share experts (the ep axis, and their number for dp, where
 these are not all), D model, V vocabulary.
@@ -18,6 +21,7 @@ these are not all), D model, V vocabulary.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import zspmd
+from zspmd.runtime.engine.plan import ScheduledStep
 
 Collective = list[Any]  # [axis, kind, elements]
 GREEDY_BELOW = 1e-5
@@ -54,16 +59,38 @@ class ModelSizes:
 @dataclass(frozen=True)
 class ReplicaPart:
     """What a step computes on one replica: its tokens, of the sampled rows how many are by shard and how many whole, and how many tokens
-    the others take it to have, None for as many."""
+    the others take it to have, None for as many; with stages, how many tokens of each earlier step the first one takes up, and whether
+    the last one hands its own on."""
 
     num_tokens: int = 0
     num_by_shard: int = 0
     num_whole: int = 0
     num_expected: int | None = None
+    taken: tuple[int, ...] = ()
+    is_handed_on: bool = False
 
     @property
     def most_tokens(self) -> int:
         return self.num_tokens if self.num_expected is None else self.num_expected
+
+
+class TokensOnTheWay:
+    """Says which sampled tokens the first of several stages takes up in a step of one replica."""
+
+    def __init__(self, num_stages: int) -> None:
+        self._num_stages = num_stages
+        self._messages: deque[list[Any]] = deque()  # the sequences that each step has sampled for
+
+    def take(self, step: ScheduledStep) -> tuple[int, ...]:
+        """Return how many tokens of each earlier step it takes up in this one, which is the next."""
+        taken, decodes = [], step.sampled[len(step.sampled) - step.num_decodes :]
+        wanted = {id(sequence) for sequence in decodes}
+        while len(self._messages) > 2 * self._num_stages or any(id(one) in wanted for message in self._messages for one in message):
+            message = self._messages.popleft()
+            taken.append(len(message))
+        if step.sampled:
+            self._messages.append(list(step.sampled))
+        return tuple(taken)
 
 
 def needs_whole(params: zspmd.SamplingParams) -> bool:
@@ -90,6 +117,8 @@ def predict_collectives(
     axis = "dp" if count == dp else "ep"
     states, collectives = part.num_tokens * sizes.hidden_size, list[Collective]()
     reduce: list[Collective] = [["tp", "all_reduce", states]] if states and tp > 1 else []
+    if stage == 0:
+        collectives += [["pp", "receive", count] for count in part.taken]
     if states:
         collectives += reduce if stage == 0 else [["pp", "receive", states]]
     for layer in stage_of_layers(sizes.num_layers, pp, stage):
@@ -105,6 +134,8 @@ def predict_collectives(
         collectives.append(["pp", "send", states])
     elif stage == pp - 1:
         collectives += sample(sizes, tp, part.num_by_shard, part.num_whole)
+        if part.is_handed_on:
+            collectives.append(["pp", "send_nowait", part.num_by_shard + part.num_whole])
     return collectives
 
 

@@ -187,6 +187,23 @@ class Communicator(ABC):
         if dense.numel():
             self._send(as_bytes(dense), dst)
 
+    def send_nowait(self, value: ArrayOrTensor, dst: int) -> None:
+        """Send ``value`` as ``send`` does, without waiting for place ``dst`` to receive it; it may change once this has returned.
+
+        64 such messages of 384 KiB altogether may be on their way from this rank to one other; one more may wait until an earlier one is
+        received. CPU tensors only: on a GPU a send waits on the stream, with all that is enqueued behind it; take the communicator's
+        ``cpu``.
+
+        Raises:
+            ValueError: this communicator is for tensors on a GPU.
+        """
+        if self.device.type != "cpu":
+            raise ValueError(f"send_nowait is for CPU tensors, and this communicator for those on {self.device}; use its cpu")
+        dense = as_dense(self._take(value, is_written=False), is_written=False)
+        check_place("dst", dst, self.group, is_other=True)
+        if dense.numel():
+            self._send_nowait(as_bytes(dense), dst)
+
     def receive(self, value: ArrayOrTensor, src: int) -> ArrayOrTensor:
         """Overwrite ``value`` with what place ``src`` sends, in place, and return it."""
         tensor = self._take(value)
@@ -255,6 +272,10 @@ class Communicator(ABC):
     @abstractmethod
     def _send(self, data: torch.Tensor, dst: int) -> None:
         """Send the bytes ``data``; they may change once this has returned."""
+
+    def _send_nowait(self, data: torch.Tensor, dst: int) -> None:
+        """Send the bytes ``data`` without waiting for ``dst``; written by backends for CPUs whose ``_send`` waits."""
+        self._send(data, dst)
 
     @abstractmethod
     def _receive(self, data: torch.Tensor, src: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store  # torch.distributed exports it only at run time
 
 _TAG = 0
+_MOST_ON_THE_WAY = 64
 
 
 class ProcessGroupCommunicator(Communicator):
@@ -70,9 +72,13 @@ class ProcessGroupCommunicator(Communicator):
         self._do(self._process_group.recv, [data], src, _TAG)
 
     def _do(self, start: Callable[..., Any], *arguments: Any) -> None:
-        """Start an operation and wait for it. What torch raises then is about the peers: ours were checked before."""
+        """Start an operation and wait for it."""
+        self._finish(lambda: start(*arguments).wait())
+
+    def _finish(self, wait: Callable[[], object]) -> None:
+        """Call what waits for peers. What torch raises then is about these: what is ours was checked before."""
         try:
-            start(*arguments).wait()
+            wait()
         except RuntimeError as error:
             axis, ranks = self.group.axis, ", ".join(map(str, self.ranks))
             raise PeerLostError(f"a collective on axis {axis} (ranks {ranks}) failed, so one of them ended or is late: {error}") from error
@@ -80,6 +86,18 @@ class ProcessGroupCommunicator(Communicator):
 
 class GlooCommunicator(ProcessGroupCommunicator):
     """Gloo's collectives for CPU tensors. Halves go as float32, which rounds them once instead of at each rank."""
+
+    def __init__(self, group: AxisGroup, process_group: Any, store: Store) -> None:
+        super().__init__(group, process_group, store)
+        self._on_the_way: dict[int, deque[tuple[Any, torch.Tensor]]] = {}  # by receiver; gloo reads the memory when the receiver is there
+
+    def _send_nowait(self, data: torch.Tensor, dst: int) -> None:
+        """Gloo does not say whether a send is done without waiting for it: the one of 64 messages ago has long been received."""
+        on_the_way = self._on_the_way.setdefault(dst, deque())
+        if len(on_the_way) == _MOST_ON_THE_WAY:
+            self._finish(on_the_way.popleft()[0].wait)
+        kept = data.clone()
+        self._finish(lambda: on_the_way.append((self._process_group.send([kept], dst, _TAG), kept)))
 
     def _reduction(self, op: str) -> Any:
         names = {"sum": "SUM", "mean": "SUM", "product": "PRODUCT", "min": "MIN", "max": "MAX"}  # not every gloo has AVG

@@ -42,6 +42,9 @@ class _OneHookCommunicator(Communicator):
     def _send(self, data: torch.Tensor, dst: int) -> None:
         self._do("send", (data, dst), [dst, data.numel()], None)
 
+    def _send_nowait(self, data: torch.Tensor, dst: int) -> None:
+        self._do("send_nowait", (data, dst), [dst, data.numel()], None)
+
     def _receive(self, data: torch.Tensor, src: int) -> None:
         self._do("receive", (data, src), [src], data)
 

@@ -4,15 +4,17 @@ A round is: write your slot of a bank, raise your sequence number, wait for ever
 which makes a second barrier needless: who raises round s + 1 has finished reading round s, so bank s may be overwritten in round
 s + 2. Sums are taken in rank order on every rank, which gives all of them the same bits.
 
-``send`` and ``receive`` leave the rounds alone: a sender puts parts into the two slots of its outbox in turn and counts them, the
-receiver counts what it took. A message waits until the one before it, to whichever rank, has been taken.
+``send`` and ``receive`` leave the rounds alone: a sender puts bytes into its outbox, which is a ring, and counts them, the receiver
+counts what it took. A message to another rank than the one before waits until that has been taken, one to the same rank for room only;
+so ``send_nowait`` is ``send``. Both ends cut a message alike: no part leaves its half of the outbox, so that one is written while the
+other is read, and messages begin at multiples of 64 bytes.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,7 +23,7 @@ from ...topology import AxisGroup
 from .arguments import HALF_DTYPES
 from .communicator import Communicator
 from .setup import CommunicatorSetup
-from .shared_region import SLOT_BYTES, SharedRegion, make_region_file, map_region
+from .shared_region import OUTBOX_BYTES, SLOT_BYTES, SharedRegion, make_region_file, map_region
 
 _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "sum": torch.add,
@@ -30,6 +32,7 @@ _COMBINE: dict[str, Callable[..., torch.Tensor]] = {
     "min": torch.minimum,
     "max": torch.maximum,
 }
+_ALIGNMENT_BYTES = 64  # of messages in an outbox
 _MAX_VIEWS = 256  # sizes whose views of the slots are kept: making them takes longer than a small sum
 
 
@@ -112,24 +115,24 @@ class SharedMemoryCommunicator(Communicator):
 
     def _send(self, data: torch.Tensor, dst: int) -> None:
         region, words = self._region, self._words
-        if self._last_receiver != self.rank:
+        if dst != self._last_receiver != self.rank:
             last = region.pair_place(self.rank, self._last_receiver)
-            region.wait(last + 1, words[last], self._last_receiver, "received part")
+            region.wait(last + 1, words[last], self._last_receiver, "received byte")
         self._last_receiver = dst
-        place = region.pair_place(self.rank, dst)
-        for number, part in enumerate(torch.split(data, SLOT_BYTES)):
-            if number >= 2:
-                region.wait(place + 1, words[place] - 1, dst, "received part")
-            region.outboxes[self.rank, number & 1, : part.numel()].copy_(part)
-            words[place] += 1
+        place, outbox = region.pair_place(self.rank, dst), region.outboxes[self.rank]
+        for part, start, end in _cut(data, words[place]):
+            if end > OUTBOX_BYTES:
+                region.wait(place + 1, end - OUTBOX_BYTES, dst, "received byte")
+            outbox[start : start + part.numel()].copy_(part)
+            words[place] = end
 
     def _receive(self, data: torch.Tensor, src: int) -> None:
         region, words = self._region, self._words
-        place = region.pair_place(src, self.rank)
-        for number, part in enumerate(torch.split(data, SLOT_BYTES)):
-            region.wait(place, words[place + 1] + 1, src, "sent part")
-            part.copy_(region.outboxes[src, number & 1, : part.numel()])
-            words[place + 1] += 1
+        place, outbox = region.pair_place(src, self.rank), region.outboxes[src]
+        for part, start, end in _cut(data, words[place + 1]):
+            region.wait(place, end, src, "sent byte")
+            part.copy_(outbox[start : start + part.numel()])
+            words[place + 1] = end
 
     def _next_bank(self) -> torch.Tensor:
         """Return the bank of the next round: to write to before ``_meet``, and to read until this rank's next round but one."""
@@ -186,6 +189,17 @@ def _open_file(path: str, group: AxisGroup) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(f"cannot map the memory of rank {group.ranks[0]} ({error}); use gloo between machines and containers") from error
+
+
+def _cut(data: torch.Tensor, position: int) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Yield the parts of a message that begins behind ``position`` bytes of others: bytes, their start in the outbox, the position then."""
+    done, size = 0, data.numel()
+    while done < size:
+        start = position % OUTBOX_BYTES
+        count = min(size - done, SLOT_BYTES - start % SLOT_BYTES)
+        position += -(-count // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        yield data[done : done + count], start, position
+        done += count
 
 
 def _reduce(shares: list[torch.Tensor], op: str, out: torch.Tensor) -> None:

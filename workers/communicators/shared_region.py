@@ -1,9 +1,9 @@
 """The memory that the ranks of one machine share for their collectives: who writes what, and waiting for a word to rise.
 
     lines    a rank's: u64 seq, pid, start time, two spare, has left   | written by that rank
-    pairs    of every two ranks: u64 parts sent, parts taken           | written by the sender, by the receiver
+    pairs    of every two ranks: u64 bytes sent, bytes taken           | written by the sender, by the receiver
     banks    two, each with a slot for each rank                       | a rank's slot is written by that rank
-    outboxes two slots for each rank                                   | written by that rank
+    outboxes two slots for each rank, one ring of bytes                | written by that rank
 
 Words and data are plain stores: correct where stores become visible in program order, as on x86-64.
 """
@@ -21,6 +21,7 @@ from ...errors import PeerLostError, ResourceError
 from ...topology import AxisGroup
 
 SLOT_BYTES = 256 << 10
+OUTBOX_BYTES = 2 * SLOT_BYTES
 _LINE_BYTES = 64  # of a processor's cache: ranks that write to different lines do not slow each other
 _LINE_WORDS = _LINE_BYTES // 8
 _HAS_LEFT = 5  # the place of that word in a rank's line
@@ -38,7 +39,7 @@ class SharedRegion:
         words: all of it as u64.
         seq_places: where in ``words`` each rank's sequence number is; the words behind it are that rank's too.
         banks: uint8 [size, SLOT_BYTES], two of them.
-        outboxes: uint8 [size, 2, SLOT_BYTES].
+        outboxes: uint8 [size, OUTBOX_BYTES].
     """
 
     def __init__(self, group: AxisGroup, memory: mmap.mmap, *, timeout_s: float) -> None:
@@ -50,7 +51,7 @@ class SharedRegion:
         with torch.inference_mode(False):  # else a region made inside such a block could be written to inside such blocks only
             slots = torch.frombuffer(memory, dtype=torch.uint8)[_head_bytes(size) :].view(4 * size, SLOT_BYTES)
             self.banks = (slots[:size], slots[size : 2 * size])
-            self.outboxes = slots[2 * size :].view(size, 2, SLOT_BYTES)
+            self.outboxes = slots[2 * size :].view(size, OUTBOX_BYTES)
         own = self.seq_places[group.index]
         pid = os.getpid()
         self.words[own + 2] = _start_time(pid)
@@ -65,7 +66,7 @@ class SharedRegion:
         self.words[self.seq_places[self._group.index] + _HAS_LEFT] = 1
 
     def pair_place(self, sender: int, receiver: int) -> int:
-        """Return the place of the number of parts sent; that of those taken is the next."""
+        """Return the place of the number of bytes sent; that of those taken is the next."""
         return (self._group.size * (sender + 1) + receiver) * _LINE_WORDS
 
     def wait(self, place: int, value: int, peer: int, what: str) -> None:

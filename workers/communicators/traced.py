@@ -10,7 +10,7 @@ from typing import Any
 from ...transport.trace_spans import SpanTrace
 from .communicator import Communicator
 
-OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send", "receive", "barrier")
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send", "send_nowait", "receive", "barrier")
 
 
 def trace_communicator(communicator: Communicator, axis: str, trace: SpanTrace) -> None:

@@ -18,7 +18,7 @@ from support.polling import block_until
 from zspmd.errors import ClosedError, PeerLostError, ResourceError
 from zspmd.topology import AxisGroup
 from zspmd.workers.communicators.shared_memory import SharedMemoryCommunicator
-from zspmd.workers.communicators.shared_region import is_alive, make_region_file, map_region, region_bytes
+from zspmd.workers.communicators.shared_region import OUTBOX_BYTES, is_alive, make_region_file, map_region, region_bytes
 
 DETECTION_S = 1.0
 NAME = "zspmd-collectives"
@@ -47,15 +47,16 @@ def test_a_late_rank_is_named() -> None:
 
 
 def test_a_rank_that_does_not_send_is_named() -> None:
-    late = pytest.raises(PeerLostError, match="rank 7 has not sent part 1 on axis tp")
+    late = pytest.raises(PeerLostError, match="rank 7 has not sent byte 64 on axis tp")
     with first_of_two(timeout_s=0.05) as communicator, late:
         communicator.receive(torch.ones(3), 1)
 
 
 def test_a_rank_that_does_not_receive_is_named_once_the_outbox_is_full() -> None:
     with first_of_two(timeout_s=0.05) as communicator:
-        communicator.send(torch.ones(3), 1)
-        with pytest.raises(PeerLostError, match="rank 7 has not received part 1 on axis tp"):
+        for _ in range(OUTBOX_BYTES // 64):
+            communicator.send(torch.ones(3), 1)
+        with pytest.raises(PeerLostError, match="rank 7 has not received byte 64 on axis tp"):
             communicator.send(torch.ones(3), 1)
 
 
