@@ -2,6 +2,8 @@
 
 Start-up, in which no step can be lost: bind -> start the agent -> each rank says hello and is welcomed -> each subscribes, its own
 topic last -> when all have, the group publishes SYNC -> each rank answers it once its set-up is done.
+
+The file passes 350 lines because one owner opens all of it and closes all of it, whatever fails in between.
 """
 
 from __future__ import annotations
