@@ -1,8 +1,9 @@
 """Ranks that compute the same thing each for itself, and must come to the same bits.
 
-A draft that several ranks run whole proposes on each of them, and a mixture's router picks experts on each rank that has the tokens. Where
-two candidates are nearly equal, other hardware may pick the other one: ranks would then hold different tokens, or a token have an expert
-twice or not at all, and nobody would notice.
+A draft that several ranks run whole proposes on each of them, and a mixture's router picks experts on each rank that has the tokens, in
+float32 or less. Where two candidates are nearly equal, other hardware may pick the other one: ranks would then hold different tokens, or a
+token have an expert twice or not at all, and nobody would notice. (Sampling, which each tp rank does for itself too, works on equal logits
+in float64, where other hardware differs by parts in 10^15.)
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from .checkpoint import Checkpoint
 
 
 def count_alike_ranks(checkpoint: Checkpoint, parallel: ParallelConfig) -> int:
-    """Return how many neighbouring ranks must compute alike: all, those of a replica, or 1 where each may be of its own kind."""
+    """Return how many neighbouring ranks must compute alike: all, those of a replica or a stage; 1 where each may be of its own kind."""
+    num_alike = 1
     if checkpoint.model.mixture is not None:
-        return parallel.world_size
+        num_alike = parallel.tp if parallel.ep <= parallel.tp else parallel.world_size
     drafts = () if checkpoint.speculation is None else checkpoint.speculation.drafts
     of_replica = parallel.tp * parallel.pp
-    return of_replica if any(draft.tp < of_replica for draft in drafts) else 1
+    return max(num_alike, of_replica if any(draft.tp < of_replica for draft in drafts) else 1)
 
 
 def check_alike(processors: Sequence[str], num_alike: int) -> None:

@@ -471,9 +471,12 @@ class Scheduler:
         outputs = sequence.output_token_ids
         outputs.append(token)
         known = len(sequence.prompt_token_ids) + len(outputs)
+        is_end = token in sequence.end_token_ids and len(outputs) > sequence.params.min_tokens
+        if is_end and self._max_drafts:  # ranks that speculate leave it out of the steps behind, so that this token has no KV
+            sequence.num_computed = min(sequence.num_computed, known - 1)
         if sequence.register_at <= known and self._config.enable_prefix_cache and sequence.state is _RUNNING:
             self._register_full_blocks(sequence)
-        if token in sequence.end_token_ids and len(outputs) > sequence.params.min_tokens:
+        if is_end:
             is_eos = token in self._eos_token_ids and not sequence.params.ignore_eos
             return self._finish(sequence, "stop", None if is_eos else token)
         if known >= sequence.max_num_tokens:

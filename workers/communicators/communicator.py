@@ -191,7 +191,8 @@ class Communicator(ABC):
         """Send ``value`` as ``send`` does, without waiting for place ``dst`` to receive it; it may change once this has returned.
 
         64 such messages of 384 KiB altogether may be on their way from this rank to one other; one more may wait until an earlier one is
-        received. CPU tensors only: on a GPU a send waits on the stream, with all that is enqueued behind it; take the communicator's
+        received, and so may one to another place than the message before it.
+        CPU tensors only: on a GPU a send waits on the stream, with all that is enqueued behind it; take the communicator's
         ``cpu``.
 
         Raises:

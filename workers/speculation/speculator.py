@@ -50,8 +50,8 @@ class Speculator:
     def extend(self, step: BatchStep, state: BatchState, rows: StepRows) -> StepRows:
         """Return the rows with their drafts, which are in ``state.tokens``; ``rows`` is what ``state`` made of ``step``.
 
-        A sequence that has all its tokens or has ended, which the driver may not know yet, is left out. With no drafts to ask for and none
-        to leave out it returns ``rows`` itself: a step as without speculation.
+        A sequence that has all its tokens, or whose end was verified, is left out: the driver may not know yet. With no drafts to ask for
+        and none to leave out it returns ``rows`` itself: a step as without speculation.
         """
         self._follow(step, state)
         decodes = rows.slots[rows.num_chunks :] if rows.num_chunks else rows.slots

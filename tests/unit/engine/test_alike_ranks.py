@@ -40,9 +40,20 @@ def test_ranks_that_hold_copies_of_a_draft_must_be_alike(
     assert count_alike_ranks(open_checkpoint(target, parallel, EngineConfig(speculation=chosen)), parallel) == count
 
 
-def test_all_ranks_of_a_mixture_must_be_alike(tmp_path: Path) -> None:
-    parallel = ParallelConfig(tp=2, dp=2)
-    assert count_alike_ranks(open_checkpoint(save_zeros(tmp_path, **MIXTURE), parallel, EngineConfig()), parallel) == 4
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [
+        pytest.param({"pp": 2}, 1, id="stages-have-routers-of-their-own"),
+        pytest.param({"dp": 2}, 1, id="replicas-have-all-experts"),
+        pytest.param({"tp": 2, "pp": 2}, 2, id="tp-ranks-have-the-same-tokens"),
+        pytest.param({"tp": 2, "dp": 2, "ep": 2}, 2, id="experts-within-each-replica"),
+        pytest.param({"tp": 2, "dp": 2, "ep": 4}, 4, id="experts-over-replicas"),
+    ],
+)
+def test_ranks_that_route_the_same_tokens_must_be_alike(tmp_path: Path, layout: dict[str, int], count: int) -> None:
+    parallel = ParallelConfig(**layout)
+    checkpoint = open_checkpoint(save_zeros(tmp_path, num_hidden_layers=2, **MIXTURE), parallel, EngineConfig())
+    assert count_alike_ranks(checkpoint, parallel) == count
 
 
 def test_ranks_of_one_kind_and_replicas_of_different_kinds_are_taken() -> None:

@@ -253,6 +253,22 @@ def test_end_tokens_travel_only_with_min_tokens(min_tokens: int, end_token_ids: 
     assert (add.seed, add.logprobs, add.temperature, add.top_k) == (7, 2, 0.5, 3)
 
 
+@pytest.mark.parametrize(("speculation", "num_shared"), [(None, 6), ("ngram", 5)], ids=["plain", "speculating"])
+def test_an_end_that_no_rank_computes_is_not_shared(speculation: str | None, num_shared: int) -> None:
+    """The step behind is published when the end comes back: without speculation ranks compute it, with it they know better."""
+    scheduler = build(speculation=speculation, block_size=1, enable_prefix_cache=True)
+    scheduler.add(sequence_of("a", 3))
+    scheduler.apply(must_schedule(scheduler), [20])
+    if speculation is None:
+        scheduler.apply(must_schedule(scheduler), [21])
+    ending, behind = must_schedule(scheduler), must_schedule(scheduler)
+    scheduler.apply(ending, *([[21, EOS], [2], [1]] if speculation else [[EOS]]))
+    scheduler.apply(behind, *([[], [0], [0]] if speculation else [[30]]))
+    scheduler.add(Sequence("b", "the next turn", np.array([10, 11, 12, 20, 21, EOS, 30], np.int32), SamplingParams(max_tokens=4), seed=7))
+    (add,) = must_schedule(scheduler).batch.adds
+    assert add.num_computed == num_shared
+
+
 @pytest.mark.parametrize(("ignore_eos", "end_token_ids"), [(False, [EOS, 9]), (True, [9])], ids=["eos", "ignore-eos"])
 def test_end_tokens_travel_with_speculation_so_that_ranks_see_ends(ignore_eos: bool, end_token_ids: list[int]) -> None:
     scheduler = build(speculation="ngram")
