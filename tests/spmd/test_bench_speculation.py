@@ -57,11 +57,12 @@ def test_a_speculating_engine_takes_turns_with_a_plain_one(leak_check: LeakCheck
 
 
 def test_policies_are_compared_and_judged(leak_check: LeakCheck, tmp_path: Path) -> None:
-    told, _ = bench(tmp_path, "speculation", "--acceptance", "low", "--batch", "1", "2", "--k", "2", "--engines", "2")
+    told, _ = bench(tmp_path, "speculation", "--acceptance", "low", "--batch", "2", "--k", "2", "--engines", "2")
     cases = [(row["case"]["acceptance"], row["case"]["batch"], row["side"]) for row in told["rows"]]
-    assert cases == [("low", batch, side) for batch in (1, 2) for side in ("off", "fixed", "goodput")]
+    assert cases == [("low", 2, side) for side in ("off", "fixed", "goodput")]
+    assert all(len(row["turn_medians"]) == 2 for row in told["rows"]), "a turn of each of two engines"
     assert all(row["facts"]["to better"] > 0 for row in told["rows"] if row["side"] == "goodput")
     assert all(row["facts"]["accepted"] < 1.2 for row in told["rows"] if row["side"] == "fixed")  # the draft is useless
     verdicts = [note for note in told["notes"] if ": met: " in note or ": missed: " in note]
-    assert len(verdicts) == 2
-    assert all("of none" in note for note in verdicts)
+    assert len(verdicts) == 1
+    assert "of none" in verdicts[0]
